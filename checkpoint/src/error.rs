@@ -1,0 +1,188 @@
+//! What can be wrong with files.
+
+use std::path::{Path, PathBuf};
+
+use crate::explain::{Explain, Kind};
+
+/// An error about a file, a folder or a tensor in it.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// Reading or writing failed.
+    #[error("{action} failed: {source}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// The reason that the system gave.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A source that does not exist.
+    #[error("source not found")]
+    NotFound {
+        /// Path or Hub name as given.
+        path: PathBuf,
+        /// What to do.
+        hint: String,
+    },
+    /// A file that is not what it should be.
+    #[error("{what}")]
+    Malformed {
+        /// What is wrong, in one line.
+        what: String,
+        /// The file.
+        file: PathBuf,
+        /// The tensor, if one is concerned.
+        tensor: Option<String>,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A tensor that should be there is not.
+    #[error("tensor is missing")]
+    MissingTensor {
+        /// Checkpoint that should have it.
+        file: PathBuf,
+        /// Its name.
+        tensor: String,
+        /// The nearest name that is there.
+        nearest: Option<String>,
+    },
+    /// A weight has another shape than expected.
+    #[error("tensor has the wrong shape")]
+    Shape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Shape expected, with the reason.
+        expected: String,
+        /// Shape found.
+        found: Vec<usize>,
+    },
+    /// A weight holds NaN or infinity.
+    #[error("weight is not finite")]
+    NotFinite {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Flat index of the first bad number.
+        index: usize,
+    },
+    /// Something that this program cannot read or apply.
+    #[error("{what}")]
+    Unsupported {
+        /// What, in one line.
+        what: String,
+        /// The file.
+        file: PathBuf,
+        /// What to do.
+        hint: String,
+    },
+    /// The disk is full, or will be.
+    #[error("not enough room on disk")]
+    NoRoom {
+        /// Where it was to be written.
+        path: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+    },
+    /// The output is there already.
+    #[error("output exists already")]
+    OutputExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The user stopped the program.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl CheckpointError {
+    /// An [`CheckpointError::Io`] (or [`CheckpointError::NoRoom`] when the disk is full) from an io error.
+    pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Self::NoRoom { path: path.to_owned(), needed: 0, free: 0 }
+            }
+            _ => Self::Io { action, path: path.to_owned(), source },
+        }
+    }
+}
+
+impl Explain for CheckpointError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::NoRoom { .. } => Kind::NoRoom,
+            Self::OutputExists { .. } => Kind::Usage,
+            Self::Interrupted => Kind::Interrupted,
+            _ => Kind::Input,
+        }
+    }
+
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        let show = |p: &PathBuf| p.display().to_string();
+        match self {
+            Self::Io { path, .. } | Self::OutputExists { path } | Self::NotFound { path, .. } => {
+                vec![("path", show(path))]
+            }
+            Self::Malformed { file, tensor, expected, found, .. } => {
+                let mut fields = vec![("file", show(file))];
+                fields.extend(tensor.iter().map(|t| ("tensor", t.clone())));
+                fields.push(("expected", expected.clone()));
+                fields.push(("found", found.clone()));
+                fields
+            }
+            Self::MissingTensor { file, tensor, .. } => {
+                vec![("file", show(file)), ("tensor", tensor.clone())]
+            }
+            Self::Shape { file, tensor, expected, found } => vec![
+                ("file", show(file)),
+                ("tensor", tensor.clone()),
+                ("expected", expected.clone()),
+                ("found", format!("{found:?}")),
+            ],
+            Self::NotFinite { file, tensor, index } => vec![
+                ("file", show(file)),
+                ("tensor", tensor.clone()),
+                ("expected", "finite numbers".into()),
+                ("found", format!("NaN or infinity at flat index {index}")),
+            ],
+            Self::Unsupported { file, .. } => vec![("file", show(file))],
+            Self::NoRoom { path, needed, free } if *needed > 0 => vec![
+                ("path", show(path)),
+                ("expected", format!("{needed} bytes free")),
+                ("found", format!("{free} bytes free")),
+            ],
+            Self::NoRoom { path, .. } => vec![("path", show(path))],
+            Self::Interrupted => Vec::new(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotFound { hint, .. } | Self::Unsupported { hint, .. } => Some(hint.clone()),
+            Self::Malformed { hint, .. } => hint.clone(),
+            Self::MissingTensor { nearest, .. } => {
+                nearest.as_ref().map(|n| format!("the nearest name that is there: `{n}`"))
+            }
+            Self::NotFinite { .. } => Some(
+                "the checkpoint is damaged or diverged in training; take an earlier one".into(),
+            ),
+            Self::NoRoom { .. } => {
+                Some("free some space, or choose another folder with `--out`".into())
+            }
+            Self::OutputExists { .. } => {
+                Some("`--force` replaces it, `--out DIR` writes elsewhere".into())
+            }
+            _ => None,
+        }
+    }
+}

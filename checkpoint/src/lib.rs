@@ -1,0 +1,32 @@
+//! Bytes on disk: open, name, write and publish checkpoints.
+//!
+//! A [`Source`] is anything that holds weights (a folder of safetensors shards, a GGUF file, a model of the local
+//! Hub cache, any of them with a LoRA adapter on top), seen through Hugging Face tensor names. Its weights are
+//! [`Weight`]s: views of the file where the bytes can be used as stored, and row-by-row readers where they
+//! must be computed (dequantised, LoRA applied, rows put in another order). Nothing is read at open.
+//!
+//! ```no_run
+//! use moe_merge_checkpoint::{Source, SourceRef};
+//! let source = Source::open(&"models/base+adapters/rust".parse::<SourceRef>()?, ".".as_ref())?;
+//! for (name, weight) in &source.tensors {
+//!     println!("{name} {:?} {}", weight.shape(), weight.dtype());
+//! }
+//! # Ok::<(), moe_merge_checkpoint::CheckpointError>(())
+//! ```
+
+#![deny(unsafe_code)]
+
+pub mod config_json;
+mod error;
+mod explain;
+mod map;
+mod shard;
+mod source;
+pub mod weight;
+
+pub use config_json::ConfigJson;
+pub use error::CheckpointError;
+pub use explain::{Explain, Kind};
+pub use moe_merge_kernels::Dtype;
+pub use source::{SideContent, SideFile, Source, SourceRef};
+pub use weight::{Weight, WeightRef};

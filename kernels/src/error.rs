@@ -1,0 +1,32 @@
+//! What a kernel refuses.
+
+/// A kernel was called with sizes or values that it cannot work on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KernelError {
+    /// A slice does not have the length that the sizes ask for.
+    #[error("{what}: expected {expected} values, found {found}")]
+    Length {
+        /// Which argument.
+        what: &'static str,
+        /// Length that the sizes ask for, in elements (bytes for byte slices).
+        expected: usize,
+        /// Length found.
+        found: usize,
+    },
+    /// top-k is zero or larger than the number of experts.
+    #[error("top_k is {top_k}, but there are {experts} experts")]
+    TopK {
+        /// Experts per token asked for.
+        top_k: usize,
+        /// Experts there are.
+        experts: usize,
+    },
+    /// A router logit is NaN or infinite.
+    #[error("router logit of token {token}, expert {expert} is not finite")]
+    NotFinite {
+        /// Row of the logits.
+        token: usize,
+        /// Column of the logits.
+        expert: usize,
+    },
+}

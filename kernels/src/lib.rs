@@ -1,0 +1,24 @@
+//! Arithmetic on slices: casts, sparse dispatch, products with weights as stored, norms, attention.
+//!
+//! Nothing here knows files, tensor libraries or model families. A weight is a [`MatView`] over bytes
+//! (usually of a memory map) in the dtype it is stored in; activations are `f32` slices.
+//!
+//! ```
+//! use moe_merge_kernels::{Dtype, MatView};
+//! let bytes = [0u8, 0, 128, 63, 0, 0, 0, 64]; // 1.0 and 2.0
+//! let w = MatView::new(&bytes, Dtype::F32, 1, 2).unwrap();
+//! let mut row = [0.0; 2];
+//! w.widen_row(0, &mut row);
+//! assert_eq!(row, [1.0, 2.0]);
+//! ```
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are stored little-endian; big-endian targets are not supported");
+
+pub mod cast;
+mod error;
+mod view;
+
+pub use cast::Dtype;
+pub use error::KernelError;
+pub use view::MatView;

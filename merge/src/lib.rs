@@ -1,0 +1,3 @@
+//! Recipes: YAML to plan to output
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! Gate estimators and the reports that say how good they are
+
+#![forbid(unsafe_code)]
