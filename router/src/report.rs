@@ -1,0 +1,1 @@
+//! Per-layer and whole-model summaries.
