@@ -48,9 +48,8 @@ impl Folds {
         let mut weights = vec![0.0; table.rows()];
         for e in 0..table.experts {
             for sign in [Sign::Positive, Sign::Negative] {
-                let used = || {
-                    table.of(e, sign).filter(|&p| fold.is_none() || self.of_prompt[p] != fold)
-                };
+                let used =
+                    || table.of(e, sign).filter(|&p| fold.is_none() || self.of_prompt[p] != fold);
                 let tokens: usize = used().map(|p| table.prompts[p].rows.len()).sum();
                 let share = 1.0 / (tokens * table.experts) as f64;
                 for p in used() {
@@ -113,8 +112,10 @@ mod tests {
         for fold in [None, Some(0), Some(1), Some(2)] {
             let w = folds.weights(&t, fold);
             for e in 0..2 {
-                let sum: f64 =
-                    t.of(e, Sign::Positive).flat_map(|p| w[t.prompts[p].rows.clone()].to_vec()).sum();
+                let sum: f64 = t
+                    .of(e, Sign::Positive)
+                    .flat_map(|p| w[t.prompts[p].rows.clone()].to_vec())
+                    .sum();
                 assert!((sum - 0.5).abs() < 1e-12);
             }
         }

@@ -43,9 +43,16 @@ pub(crate) struct Logits {
 
 impl Logits {
     /// `parameters`: one `[experts, width]` per fold, for features `x: [n, width]`.
-    pub fn new(table: &Table, folds: &Folds, x: &[f32], width: usize, parameters: &[&[f64]]) -> Self {
+    pub fn new(
+        table: &Table,
+        folds: &Folds,
+        x: &[f32],
+        width: usize,
+        parameters: &[&[f64]],
+    ) -> Self {
         let experts = table.experts;
-        let mut out = Self { experts, targets: Vec::new(), values: Vec::new(), weights: Vec::new() };
+        let mut out =
+            Self { experts, targets: Vec::new(), values: Vec::new(), weights: Vec::new() };
         let mut tokens = vec![[0usize; 2]; experts];
         let place = |sign: Sign| usize::from(sign == Sign::Negative);
         for (prompt, fold) in table.prompts.iter().zip(&folds.of_prompt) {
@@ -98,10 +105,13 @@ impl Logits {
         for _ in 0..30 {
             let [at, slope, curvature] = self.loss_at(t);
             value = at;
-            if slope > 0.0 { high = t } else { low = t }
+            if slope > 0.0 {
+                high = t
+            } else {
+                low = t
+            }
             let newton = t - slope / curvature;
-            let next =
-                if newton > low && newton < high { newton } else { f64::sqrt(low * high) };
+            let next = if newton > low && newton < high { newton } else { f64::sqrt(low * high) };
             if (next - t).abs() < 1e-3 * t {
                 break;
             }

@@ -158,7 +158,8 @@ impl Lbfgs {
             add(&mut d, -alpha, &p.y);
             alphas.push(alpha);
         }
-        let scale = self.pairs.back().map_or(self.first_step, |p| dot(&p.s, &p.y) / dot(&p.y, &p.y));
+        let scale =
+            self.pairs.back().map_or(self.first_step, |p| dot(&p.s, &p.y) / dot(&p.y, &p.y));
         d.iter_mut().for_each(|v| *v *= scale);
         for (p, alpha) in self.pairs.iter().zip(alphas.iter().rev()) {
             let beta = dot(&p.y, &d) / dot(&p.s, &p.y);

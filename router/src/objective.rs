@@ -39,8 +39,7 @@ impl<T: Real> Data<'_, T> {
         penalty: f64,
     ) -> Result<Vec<(f64, Vec<f64>)>, RouterError> {
         let (n, size) = (self.targets.len(), self.experts * self.width);
-        let w: Vec<T> =
-            problems.iter().flat_map(|p| p.w.iter().map(|&v| T::from_f64(v))).collect();
+        let w: Vec<T> = problems.iter().flat_map(|p| p.w.iter().map(|&v| T::from_f64(v))).collect();
         let per_part = n.div_ceil(BLOCK).div_ceil(PARTS).max(1) * BLOCK;
         let parts: Vec<_> = (0..n.div_ceil(per_part))
             .into_par_iter()
@@ -199,7 +198,11 @@ mod tests {
                 up[p][k] += h;
                 down[p][k] -= h;
                 let difference = (at(&up)[p].0 - at(&down)[p].0) / (2.0 * h);
-                assert!((difference - found[p].1[k]).abs() < 1e-9, "{difference} {}", found[p].1[k]);
+                assert!(
+                    (difference - found[p].1[k]).abs() < 1e-9,
+                    "{difference} {}",
+                    found[p].1[k]
+                );
             }
         }
     }

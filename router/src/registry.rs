@@ -2,8 +2,8 @@
 
 use crate::error::{RouterError, UnknownEstimator};
 use crate::estimators;
-use crate::gate::Gate;
 use crate::estimators::ExpertPrompts;
+use crate::gate::Gate;
 use crate::samples::{Fit, Options, Samples};
 
 /// How an estimator is called, which is also what features it needs.

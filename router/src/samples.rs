@@ -230,7 +230,8 @@ impl Table {
         if positive && filled == 0 {
             return Err(RouterError::NoTokens { expert });
         }
-        let bits = |inputs: &[f32]| (inputs.len(), inputs.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        let bits =
+            |inputs: &[f32]| (inputs.len(), inputs.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
         group.sort_by_cached_key(|inputs| bits(inputs));
         group.dedup();
         if all > filled {
@@ -258,7 +259,9 @@ impl Table {
                 let count = |e| self.of(e, Sign::Positive).count();
                 let shared = self
                     .of(a, Sign::Positive)
-                    .filter(|&p| self.of(b, Sign::Positive).any(|q| self.inputs(p) == self.inputs(q)))
+                    .filter(|&p| {
+                        self.of(b, Sign::Positive).any(|q| self.inputs(p) == self.inputs(q))
+                    })
                     .count();
                 let same = shared == count(a) && shared == count(b);
                 if same {

@@ -87,7 +87,8 @@ mod tests {
     #[test]
     fn keeps_products_and_norms() {
         let (n, width) = (6, 11);
-        let mut x: Vec<f64> = (0..n * width).map(|i| ((i * 37 % 101) as f64) / 50.0 - 1.0).collect();
+        let noise = crate::estimators::random::gate(n, width, 1, 0);
+        let mut x: Vec<f64> = noise.rows.iter().map(|&v| f64::from(v)).collect();
         x.copy_within(0..width, 3 * width); // row 3 = row 0
         let span = Span::new(&x, n, width).unwrap();
         assert_eq!(span.rank, 5);

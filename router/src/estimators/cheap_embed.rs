@@ -33,7 +33,8 @@ mod tests {
 
     #[test]
     fn sums_over_tokens_and_prompts() {
-        let e = ExpertPrompts { positive: vec![&[1.0, 0.0, 1.0, 0.0], &[1.0, 4.0]], negative: vec![] };
+        let e =
+            ExpertPrompts { positive: vec![&[1.0, 0.0, 1.0, 0.0], &[1.0, 4.0]], negative: vec![] };
         assert_eq!(gate(&[e], 2).unwrap().rows, [0.6, 0.8]);
     }
 

@@ -63,6 +63,9 @@ mod tests {
             of(prompts(&[&[1.0, 2.0], &[1.0, 2.0, f32::NAN, 0.0]], &[])),
             RouterError::NotFinite { expert: 1, prompt: 1, token: 1 }
         );
-        assert!(matches!(of(prompts(&[&[1.0, 2.0, 3.0]], &[])), RouterError::Shape { expected: 4, .. }));
+        assert!(matches!(
+            of(prompts(&[&[1.0, 2.0, 3.0]], &[])),
+            RouterError::Shape { expected: 4, .. }
+        ));
     }
 }

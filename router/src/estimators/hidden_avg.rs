@@ -36,7 +36,8 @@ mod tests {
     #[test]
     fn a_long_prompt_weighs_as_much_as_a_short_one() {
         // Averages (2, 0) and (4, 8): mean (3, 4).
-        let e = ExpertPrompts { positive: vec![&[1.0, 0.0, 3.0, 0.0], &[4.0, 8.0]], negative: vec![] };
+        let e =
+            ExpertPrompts { positive: vec![&[1.0, 0.0, 3.0, 0.0], &[4.0, 8.0]], negative: vec![] };
         assert_eq!(gate(&[e], 2).unwrap().rows, [0.6, 0.8]);
     }
 

@@ -40,11 +40,8 @@ const SEARCH: Stop = Stop { gradient: 1e-4, decrease: 3e-4, iterations: 60 };
 /// Our own; the solver is L-BFGS (Liu and Nocedal 1989).
 pub fn fit(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError> {
     let mut table = Table::new(samples)?;
-    let targets: Vec<Target> = table
-        .prompts
-        .iter()
-        .flat_map(|p| std::iter::repeat_n(p.target, p.rows.len()))
-        .collect();
+    let targets: Vec<Target> =
+        table.prompts.iter().flat_map(|p| std::iter::repeat_n(p.target, p.rows.len())).collect();
     let features = Features::new(&table)?;
     let folds = Folds::new(&table, options.max_folds);
     let search = if folds.count > 0 && !options.penalties.is_empty() {
@@ -56,11 +53,11 @@ pub fn fit(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError>
     };
     let penalty = search.as_ref().map_or(options.penalty_without_held_out, |s| s.penalty);
     let temperature = search.as_ref().map_or(1.0, |s| s.temperature);
-    let start = search.as_ref().map_or_else(
-        || vec![0.0; table.experts * features.width],
-        |s| s.parameters.clone(),
-    );
-    let solver = solve(&table, &targets, &features, &folds.weights(&table, None), start, penalty, options)?;
+    let start = search
+        .as_ref()
+        .map_or_else(|| vec![0.0; table.experts * features.width], |s| s.parameters.clone());
+    let solver =
+        solve(&table, &targets, &features, &folds.weights(&table, None), start, penalty, options)?;
     if solver.iterations() >= options.max_iterations {
         table.warnings.push(Warning::NotConverged {
             iterations: solver.iterations(),
@@ -184,10 +181,8 @@ fn run<T: Real>(
         if open.is_empty() {
             return Ok(());
         }
-        let problems: Vec<_> = open
-            .iter()
-            .map(|&i| Problem { w: solvers[i].trial(), weights: &weights[i] })
-            .collect();
+        let problems: Vec<_> =
+            open.iter().map(|&i| Problem { w: solvers[i].trial(), weights: &weights[i] }).collect();
         let results = data.evaluate(&problems, penalty)?;
         for (i, (value, gradient)) in open.into_iter().zip(results) {
             solvers[i].feed(value, gradient);
@@ -205,11 +200,8 @@ fn solve(
     penalty: f64,
     options: &Options,
 ) -> Result<Lbfgs, RouterError> {
-    let stop = Stop {
-        gradient: options.tolerance,
-        decrease: 0.0,
-        iterations: options.max_iterations,
-    };
+    let stop =
+        Stop { gradient: options.tolerance, decrease: 0.0, iterations: options.max_iterations };
     let data = Data { experts: table.experts, width: features.width, x: &features.x64, targets };
     let mut solvers = [Lbfgs::new(start, features.first_step(table), stop)];
     run(&data, &mut solvers, &[weights.to_vec()], penalty)?;
@@ -232,7 +224,8 @@ fn centre(rows: &mut [f64], table: &Table) {
         }
     }
     for k in 0..width {
-        let mean = (0..table.experts).map(|e| rows[e * width + k]).sum::<f64>() / table.experts as f64;
+        let mean =
+            (0..table.experts).map(|e| rows[e * width + k]).sum::<f64>() / table.experts as f64;
         (0..table.experts).for_each(|e| rows[e * width + k] -= mean);
     }
 }

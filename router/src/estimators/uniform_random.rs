@@ -12,9 +12,8 @@ use crate::gate::Gate;
 pub fn gate(experts: usize, hidden: usize, seed: u64, layer: u64) -> Gate {
     let mut rng = stream(seed, layer);
     let scale = (1.0 / hidden as f64).sqrt();
-    let rows = (0..experts * hidden)
-        .map(|_| (unit(&mut rng) * 2.0 * scale - scale) as f32)
-        .collect();
+    let rows =
+        (0..experts * hidden).map(|_| (unit(&mut rng) * 2.0 * scale - scale) as f32).collect();
     Gate { experts, hidden, rows }
 }
 
