@@ -16,6 +16,7 @@
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
 pub mod cast;
+pub mod dense;
 mod error;
 mod view;
 
