@@ -100,6 +100,12 @@ pub enum CheckpointError {
         /// The folder.
         path: PathBuf,
     },
+    /// Replacing the output would delete something that is no model.
+    #[error("refusing to delete what is no model folder")]
+    NotAModel {
+        /// What is there.
+        path: PathBuf,
+    },
     /// The user stopped the program.
     #[error("interrupted")]
     Interrupted,
@@ -121,7 +127,7 @@ impl Explain for CheckpointError {
     fn kind(&self) -> Kind {
         match self {
             Self::NoRoom { .. } => Kind::NoRoom,
-            Self::OutputExists { .. } => Kind::Usage,
+            Self::OutputExists { .. } | Self::NotAModel { .. } => Kind::Usage,
             Self::Interrupted => Kind::Interrupted,
             _ => Kind::Input,
         }
@@ -133,6 +139,14 @@ impl Explain for CheckpointError {
             Self::Io { path, .. } | Self::OutputExists { path } | Self::NotFound { path, .. } => {
                 vec![("path", show(path))]
             }
+            Self::NotAModel { path } => vec![
+                ("path", show(path)),
+                (
+                    "expected",
+                    "nothing, an empty folder, or a model folder with `config.json`".into(),
+                ),
+                ("found", if path.is_dir() { "another folder" } else { "a file" }.into()),
+            ],
             Self::Malformed { file, tensor, expected, found, .. } => {
                 let mut fields = vec![("file", show(file))];
                 fields.extend(tensor.iter().map(|t| ("tensor", t.clone())));
@@ -178,6 +192,9 @@ impl Explain for CheckpointError {
             ),
             Self::NoRoom { .. } => {
                 Some("free some space, or choose another folder with `--out`".into())
+            }
+            Self::NotAModel { .. } => {
+                Some("remove it by hand, or choose another folder with `--out`".into())
             }
             Self::OutputExists { .. } => {
                 Some("`--force` replaces it, `--out DIR` writes elsewhere".into())

@@ -19,14 +19,18 @@
 pub mod config_json;
 mod error;
 mod explain;
+pub mod manifest;
 mod map;
+pub mod publish;
 mod shard;
 mod source;
 pub mod weight;
+pub mod write;
 
 pub use config_json::ConfigJson;
 pub use error::CheckpointError;
 pub use explain::{Explain, Kind};
 pub use moe_merge_kernels::Dtype;
+pub use publish::{Interrupt, Replace, Staging};
 pub use source::{SideContent, SideFile, Source, SourceRef};
 pub use weight::{Weight, WeightRef};

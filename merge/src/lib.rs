@@ -1,3 +1,8 @@
 //! Recipes: YAML to plan to output
 
 #![forbid(unsafe_code)]
+
+mod error;
+pub mod recipe;
+
+pub use error::MergeError;

@@ -1,0 +1,201 @@
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::shard;
+use crate::weight::{OwnedWeight, RowSlice};
+
+fn tensor(name: &str, values: &[f32], shape: &[usize], stored: Dtype, out: Dtype) -> OutTensor {
+    let weight = Arc::new(OwnedWeight::from_f32(name, values, shape, stored));
+    OutTensor { name: name.into(), weight, dtype: out }
+}
+
+fn write_all(dir: &Path, shards: &[ShardPlan]) -> Result<Vec<WrittenShard>, CheckpointError> {
+    let watch = Watch { interrupt: &Interrupt::default(), progress: &|_| {} };
+    write_shards(dir, shards, watch)
+}
+
+fn by_content(stem: &str, tensors: Vec<OutTensor>) -> ShardPlan {
+    ShardPlan { name: ShardName::ByContent(stem.into()), tensors }
+}
+
+#[test]
+fn a_reader_finds_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let shard = by_content(
+        "expert-03",
+        vec![
+            tensor("b", &[1.0, 2.0, 3.0], &[3], Dtype::F32, Dtype::BF16),
+            tensor("c", &[0.5, -0.5], &[2, 1], Dtype::F32, Dtype::F32),
+            tensor("a", &[1.5], &[1], Dtype::BF16, Dtype::BF16),
+        ],
+    );
+    let bytes = AtomicU64::new(0);
+    let progress = |n| {
+        bytes.fetch_add(n, Ordering::Relaxed);
+    };
+    let watch = Watch { interrupt: &Interrupt::default(), progress: &progress };
+    let written = write_shards(dir.path(), &[shard], watch).unwrap();
+    let file = &written[0].file;
+    let content = fs::read(dir.path().join(&file.name)).unwrap();
+    assert_eq!(file.blake3, blake3::hash(&content).to_hex().to_string());
+    assert_eq!(file.name, format!("expert-03-{}.safetensors", &file.blake3[..8]));
+    assert_eq!((file.size, bytes.into_inner()), (content.len() as u64, content.len() as u64));
+    assert_eq!(written[0].tensors, ["a", "b", "c"]);
+    assert_eq!(written[0].tensor_bytes, 8 + 6 + 2);
+    let (header, meta) = safetensors::SafeTensors::read_metadata(&content).unwrap();
+    assert_eq!(header % 8, 0);
+    assert_eq!(meta.metadata().as_ref().unwrap()["format"], "pt");
+    // f32 first, so that it stays aligned behind odd numbers of 16-bit values.
+    assert_eq!(meta.info("c").unwrap().data_offsets, (0, 8));
+    assert_eq!(meta.info("a").unwrap().data_offsets, (8, 10));
+    let read: std::collections::BTreeMap<_, _> =
+        shard::open(&dir.path().join(&file.name)).unwrap().weights.into_iter().collect();
+    assert_eq!((&read["b"] as &dyn Weight).to_f32().unwrap(), [1.0, 2.0, 3.0]);
+    assert_eq!(read["c"].shape(), [2, 1]);
+}
+
+#[test]
+fn the_index_is_sorted_and_sums_tensor_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let written = write_all(
+        dir.path(),
+        &[
+            by_content("x", vec![tensor("z", &[1.0], &[1], Dtype::F32, Dtype::F32)]),
+            by_content("y", vec![tensor("a", &[1.0, 2.0], &[2], Dtype::F32, Dtype::F16)]),
+        ],
+    )
+    .unwrap();
+    write_index(dir.path(), &written).unwrap();
+    let text = fs::read_to_string(dir.path().join(INDEX_NAME)).unwrap();
+    let index: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(index["metadata"]["total_size"], 8);
+    let names: Vec<_> = index["weight_map"].as_object().unwrap().keys().collect();
+    assert_eq!(names, ["a", "z"]);
+    assert_eq!(index["weight_map"]["a"], written[1].file.name);
+}
+
+#[test]
+fn bad_numbers_are_named_with_their_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut values = vec![1.0; 600_000];
+    values[555_555] = f32::NAN;
+    for (i, (stored, out)) in
+        [(Dtype::F32, Dtype::F32), (Dtype::BF16, Dtype::BF16), (Dtype::F32, Dtype::BF16)]
+            .into_iter()
+            .enumerate()
+    {
+        let shard =
+            by_content(&i.to_string(), vec![tensor("w", &values, &[600, 1000], stored, out)]);
+        match write_all(&dir.path().join("."), &[shard]) {
+            Err(CheckpointError::NotFinite { tensor, index: 555_555, .. }) => {
+                assert_eq!(tensor, "w");
+            }
+            other => panic!("{other:?}"),
+        }
+        fs::remove_file(dir.path().join(".shard-0.partial")).unwrap();
+    }
+    values[555_555] = 70_000.0;
+    let shard = by_content("x", vec![tensor("w", &values, &[600, 1000], Dtype::F32, Dtype::F16)]);
+    match write_all(dir.path(), &[shard]) {
+        Err(CheckpointError::Malformed { what, found, .. }) => {
+            assert!(what.contains("float16") && found == "70000 at flat index 555555", "{found}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_interrupt_stops_the_writing() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = vec![1.0; 1 << 20];
+    let shards: Vec<_> = (0..4)
+        .map(|i| {
+            let t = tensor("w", &values, &[1 << 10, 1 << 10], Dtype::F32, Dtype::F32);
+            by_content(&i.to_string(), vec![t])
+        })
+        .collect();
+    let interrupt = Interrupt::default();
+    let seen = AtomicU64::new(0);
+    let progress = |n| {
+        seen.fetch_add(n, Ordering::Relaxed);
+        interrupt.trigger();
+    };
+    let result =
+        write_shards(dir.path(), &shards, Watch { interrupt: &interrupt, progress: &progress });
+    assert!(matches!(result, Err(CheckpointError::Interrupted)), "{result:?}");
+    assert!(seen.into_inner() < 4 << 20, "stopped long before the end");
+}
+
+#[test]
+fn bytes_do_not_depend_on_the_number_of_threads() {
+    let values: Vec<f32> = (0..700_000).map(|i| (i as f32 * 0.37).sin()).collect();
+    let stored = Arc::new(OwnedWeight::from_f32("w", &values, &[700, 1000], Dtype::F32));
+    let write = |threads| {
+        let dir = tempfile::tempdir().unwrap();
+        let shards: Vec<_> = (0..3)
+            .map(|i| {
+                let weight: WeightRef = Arc::new(RowSlice::new(stored.clone(), i * 100..700));
+                let wide =
+                    OutTensor { name: "a".into(), weight: weight.clone(), dtype: Dtype::F32 };
+                let half = OutTensor { name: "b".into(), weight, dtype: Dtype::BF16 };
+                by_content(&format!("s{i}"), vec![wide, half])
+            })
+            .collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| write_all(dir.path(), &shards)).unwrap()
+    };
+    let one = write(1);
+    assert_eq!(one, write(2));
+    assert_eq!(one, write(5));
+}
+
+#[test]
+fn parts_hold_at_most_the_limit() {
+    let make = |n: usize| tensor(&n.to_string(), &vec![0.0; n], &[n], Dtype::F32, Dtype::F32);
+    let parts = split([2, 3, 9, 1, 1].map(make).into(), 20);
+    let sizes: Vec<Vec<u64>> =
+        parts.iter().map(|p| p.iter().map(OutTensor::size).collect()).collect();
+    assert_eq!(sizes, [vec![8, 12], vec![36], vec![4, 4]]);
+}
+
+#[test]
+fn empty_tensors_and_empty_shards() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = tensor("e", &[], &[0, 4], Dtype::F32, Dtype::BF16);
+    let written =
+        write_all(dir.path(), &[by_content("s", vec![empty]), by_content("t", vec![])]).unwrap();
+    for shard in &written {
+        shard::open(&dir.path().join(&shard.file.name)).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn what_is_read_is_what_was_rounded(
+        shapes in proptest::collection::vec((1usize..40, 1usize..40), 1..6),
+        stored in 0usize..3, out in 0usize..3, seed in any::<u32>(),
+    ) {
+        let dtypes = [Dtype::F32, Dtype::BF16, Dtype::F16];
+        let dir = tempfile::tempdir().unwrap();
+        let tensors: Vec<_> = shapes.iter().enumerate().map(|(i, &(r, c))| {
+            let values: Vec<f32> =
+                (0..r * c).map(|k| ((k as u32 ^ seed) as f32 * 1e-3).cos() * 3.0).collect();
+            tensor(&format!("t{i}"), &values, &[r, c], dtypes[stored], dtypes[out])
+        }).collect();
+        let shard = ShardPlan { name: ShardName::Fixed("m.safetensors".into()), tensors: tensors.clone() };
+        write_all(dir.path(), &[shard]).unwrap();
+        let read = shard::open(&dir.path().join("m.safetensors")).unwrap().weights;
+        prop_assert_eq!(read.len(), tensors.len());
+        for (name, weight) in read {
+            let from = tensors.iter().find(|t| t.name == name).unwrap();
+            let mut expected = vec![0; from.size() as usize];
+            cast::narrow(&from.weight.to_f32().unwrap(), from.dtype, &mut expected);
+            prop_assert_eq!(weight.bytes().unwrap(), &expected[..]);
+            prop_assert_eq!(weight.shape(), from.weight.shape());
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What can go wrong between a recipe and its output.
+
+use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+
+use crate::recipe::RecipeErrors;
+
+/// An error of planning, merging or writing.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// The recipe itself.
+    #[error(transparent)]
+    Recipe(#[from] RecipeErrors),
+    /// A file: a source that cannot be read, an output that cannot be written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Two models that do not go together, or a model that the output cannot hold.
+    #[error("{what}")]
+    Incompatible {
+        /// What does not fit, in one line.
+        what: String,
+        /// The source that sets the rule, as the recipe names it.
+        first: String,
+        /// The source that breaks it; the output family where there is no second source.
+        second: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+        /// What to do.
+        hint: String,
+        /// Place in the recipe, where it is known: `recipe.yaml:9:5  experts[2].source_model`.
+        recipe: Option<String>,
+    },
+}
+
+impl Explain for MergeError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Recipe(e) => e.kind(),
+            Self::Checkpoint(e) => e.kind(),
+            Self::Incompatible { .. } => Kind::Usage,
+        }
+    }
+
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Recipe(e) => e.fields(),
+            Self::Checkpoint(e) => e.fields(),
+            Self::Incompatible { first, second, expected, found, recipe, .. } => {
+                let mut fields = vec![("first", first.clone()), ("second", second.clone())];
+                fields.push(("expected", expected.clone()));
+                fields.push(("found", found.clone()));
+                fields.extend(recipe.iter().map(|r| ("recipe", r.clone())));
+                fields
+            }
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Recipe(e) => e.hint(),
+            Self::Checkpoint(e) => e.hint(),
+            Self::Incompatible { hint, .. } => Some(hint.clone()),
+        }
+    }
+}
