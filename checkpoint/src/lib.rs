@@ -19,14 +19,22 @@
 pub mod config_json;
 mod error;
 mod explain;
+mod file;
+mod folder;
+pub mod header;
+pub mod hub;
+pub mod index;
 mod map;
 mod shard;
 mod source;
+mod source_ref;
 pub mod weight;
 
 pub use config_json::ConfigJson;
 pub use error::CheckpointError;
 pub use explain::{Explain, Kind};
 pub use moe_merge_kernels::Dtype;
-pub use source::{SideContent, SideFile, Source, SourceRef};
+pub use shard::OtherTensor;
+pub use source::{SideContent, SideFile, Source};
+pub use source_ref::SourceRef;
 pub use weight::{Weight, WeightRef};
