@@ -26,6 +26,14 @@ pub enum CheckpointError {
         /// What to do.
         hint: String,
     },
+    /// The text of a source reference cannot be read.
+    #[error("source reference {what}")]
+    BadReference {
+        /// The text.
+        text: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A file that is not what it should be.
     #[error("{what}")]
     Malformed {
@@ -123,11 +131,17 @@ impl CheckpointError {
     }
 }
 
+/// What a source can be written as.
+const SOURCE_FORMS: &str =
+    "PATH, FILE.gguf or org/name[@revision], and `+ADAPTER[@revision]` after any of them";
+
 impl Explain for CheckpointError {
     fn kind(&self) -> Kind {
         match self {
             Self::NoRoom { .. } => Kind::NoRoom,
-            Self::OutputExists { .. } | Self::NotAModel { .. } => Kind::Usage,
+            Self::OutputExists { .. } | Self::NotAModel { .. } | Self::BadReference { .. } => {
+                Kind::Usage
+            }
             Self::Interrupted => Kind::Interrupted,
             _ => Kind::Input,
         }
@@ -147,6 +161,9 @@ impl Explain for CheckpointError {
                 ),
                 ("found", if path.is_dir() { "another folder" } else { "a file" }.into()),
             ],
+            Self::BadReference { text, .. } => {
+                vec![("expected", SOURCE_FORMS.into()), ("found", format!("`{text}`"))]
+            }
             Self::Malformed { file, tensor, expected, found, .. } => {
                 let mut fields = vec![("file", show(file))];
                 fields.extend(tensor.iter().map(|t| ("tensor", t.clone())));

@@ -19,11 +19,17 @@
 pub mod config_json;
 mod error;
 mod explain;
+mod file;
+mod folder;
+pub mod header;
+pub mod hub;
+pub mod index;
 pub mod manifest;
 mod map;
 pub mod publish;
 mod shard;
 mod source;
+mod source_ref;
 pub mod weight;
 pub mod write;
 
@@ -32,5 +38,7 @@ pub use error::CheckpointError;
 pub use explain::{Explain, Kind};
 pub use moe_merge_kernels::Dtype;
 pub use publish::{Interrupt, Replace, Staging};
-pub use source::{SideContent, SideFile, Source, SourceRef};
+pub use shard::OtherTensor;
+pub use source::{SideContent, SideFile, Source};
+pub use source_ref::SourceRef;
 pub use weight::{Weight, WeightRef};

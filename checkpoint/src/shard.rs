@@ -1,48 +1,59 @@
 //! One safetensors file.
 
-use std::path::Path;
-
-use moe_merge_kernels::Dtype;
+use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
+use crate::header;
 use crate::map::MappedFile;
 use crate::weight::MappedWeight;
 
-/// The weights of one shard, and the names of tensors that are no weights (integer buffers).
-pub(crate) struct Shard {
-    pub weights: Vec<(String, MappedWeight)>,
-    pub other: Vec<String>,
+/// A tensor that is no weight: an integer buffer, or numbers in a dtype that is not computed with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OtherTensor {
+    /// Its name.
+    pub name: String,
+    /// Its dtype as the file spells it: `I64`, `F8_E4M3`, …
+    pub dtype: &'static str,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// The file it is in.
+    pub file: PathBuf,
 }
 
-/// Maps a shard and checks its header.
+impl std::fmt::Display for OtherTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({} {:?})", self.name, self.dtype, self.shape)
+    }
+}
+
+/// The weights of one shard, and the tensors that are no weights.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub weights: Vec<(String, MappedWeight)>,
+    pub other: Vec<OtherTensor>,
+}
+
+/// Maps a shard and checks its header; the data are not touched.
 pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
+    crate::file::expect_regular(path)?;
     let file = MappedFile::open(path)?;
-    let malformed = |what: String| CheckpointError::Malformed {
-        what,
-        file: path.to_owned(),
-        tensor: None,
-        expected: "a complete safetensors file".into(),
-        found: format!("{} bytes", file.bytes().len()),
-        hint: Some("download or copy it again".into()),
-    };
-    let (header_len, metadata) = safetensors::SafeTensors::read_metadata(file.bytes())
-        .map_err(|e| malformed(format!("not a safetensors file: {e}")))?;
-    let mut shard = Shard { weights: Vec::new(), other: Vec::new() };
-    for (name, info) in metadata.tensors() {
-        let dtype = match info.dtype {
-            safetensors::Dtype::F32 => Dtype::F32,
-            safetensors::Dtype::BF16 => Dtype::BF16,
-            safetensors::Dtype::F16 => Dtype::F16,
-            _ => {
-                shard.other.push(name);
-                continue;
+    let header = header::parse(file.bytes(), path)?;
+    let mut shard = Shard { weights: Vec::with_capacity(header.tensors.len()), other: Vec::new() };
+    for tensor in header.tensors {
+        match tensor.dtype {
+            Some(dtype) => {
+                let name = tensor.name.clone();
+                let weight =
+                    MappedWeight::new(file.clone(), tensor.range, tensor.name, dtype, tensor.shape);
+                shard.weights.push((name, weight));
             }
-        };
-        let start = header_len + 8;
-        let range = start + info.data_offsets.0..start + info.data_offsets.1;
-        let weight =
-            MappedWeight::new(file.clone(), range, name.clone(), dtype, info.shape.clone());
-        shard.weights.push((name, weight));
+            None => shard.other.push(OtherTensor {
+                name: tensor.name,
+                dtype: tensor.stored,
+                shape: tensor.shape,
+                file: path.to_owned(),
+            }),
+        }
     }
     Ok(shard)
 }

@@ -2,65 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
-use crate::shard;
+use crate::file;
+use crate::folder;
+use crate::hub::{self, Hub, RepoKind};
+use crate::shard::OtherTensor;
+use crate::source_ref::SourceRef;
 use crate::weight::WeightRef;
-
-/// Where a model is, as a person writes it: `PATH`, `FILE.gguf`, `org/name[@revision]`, any of them `+ADAPTER[@revision]`.
-///
-/// The text form splits at `+` and `@`; a path that contains either is written as an object in a recipe
-/// (`{model: …, lora: …}`), or is recognised because it exists as it stands.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct SourceRef {
-    /// Folder, GGUF file or Hub name.
-    pub model: String,
-    /// Hub revision of the model.
-    pub revision: Option<String>,
-    /// PEFT adapter on top: folder or Hub name.
-    pub lora: Option<String>,
-    /// Hub revision of the adapter.
-    pub lora_revision: Option<String>,
-}
-
-impl FromStr for SourceRef {
-    type Err = CheckpointError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (model, lora) = match text.split_once('+') {
-            Some((model, lora)) if !Path::new(text).exists() => (model, Some(lora)),
-            _ => (text, None),
-        };
-        let revision = |part: &str| match part.rsplit_once('@') {
-            Some((name, revision)) if !Path::new(part).exists() => {
-                (name.to_owned(), Some(revision.to_owned()))
-            }
-            _ => (part.to_owned(), None),
-        };
-        let (model, model_revision) = revision(model);
-        let (lora, lora_revision) = lora.map(revision).unzip();
-        Ok(Self { model, revision: model_revision, lora, lora_revision: lora_revision.flatten() })
-    }
-}
-
-impl std::fmt::Display for SourceRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.model)?;
-        if let Some(revision) = &self.revision {
-            write!(f, "@{revision}")?;
-        }
-        if let Some(lora) = &self.lora {
-            write!(f, "+{lora}")?;
-        }
-        if let Some(revision) = &self.lora_revision {
-            write!(f, "@{revision}")?;
-        }
-        Ok(())
-    }
-}
 
 /// A file that belongs to a model beside its weights: tokenizer, generation config, chat template.
 #[derive(Debug, Clone)]
@@ -106,8 +57,8 @@ pub struct Source {
     pub config: ConfigJson,
     /// Weights by Hugging Face name, experts always one by one (fused layouts are seen as slices).
     pub tensors: BTreeMap<String, WeightRef>,
-    /// Names of tensors that are no floating-point weights, such as position buffers.
-    pub other: Vec<String>,
+    /// Tensors that are no weights (position buffers), or in a dtype that is not computed with.
+    pub other: Vec<OtherTensor>,
     /// Files the weights come from, adapters included: what a manifest has to record.
     pub files: Vec<PathBuf>,
     /// Tokenizer, generation config, chat template.
@@ -131,93 +82,210 @@ pub const SIDE_FILES: &[&str] = &[
 ];
 
 impl Source {
-    /// Opens a model; relative paths are taken from `base_dir`.
+    /// Opens a model; relative paths are taken from `base_dir`, Hub names from the cache that the environment names.
+    ///
+    /// A path that exists wins over a Hub name. No weight is read.
     ///
     /// # Errors
     /// [`CheckpointError`] if it is not there, not readable, or not what it should be.
     pub fn open(source: &SourceRef, base_dir: &Path) -> Result<Self, CheckpointError> {
-        let path = base_dir.join(&source.model);
-        let mut opened = Self::open_folder(&path)?;
+        Self::open_with(source, base_dir, &Hub::from_env())
+    }
+
+    /// The same with another Hub cache.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    pub fn open_with(
+        source: &SourceRef,
+        base_dir: &Path,
+        hub: &Hub,
+    ) -> Result<Self, CheckpointError> {
+        let source = source.settle(base_dir);
+        let revision = source.revision.as_deref();
+        let model = locate(&source.model, revision, base_dir, hub, RepoKind::Model)?;
+        let adapter = source
+            .lora
+            .as_deref()
+            .map(|l| locate(l, source.lora_revision.as_deref(), base_dir, hub, RepoKind::Adapter))
+            .transpose()?;
+        let notes = model.note.into_iter().chain(adapter.as_ref().and_then(|a| a.note.clone()));
+        let mut opened = Self::assemble(&model.path, adapter.as_ref().map(|a| a.path.as_path()))?;
+        opened.notes.splice(0..0, notes);
         opened.label = source.to_string();
         Ok(opened)
     }
 
-    fn open_folder(path: &Path) -> Result<Self, CheckpointError> {
-        let read = |name: &str| -> Result<Vec<u8>, CheckpointError> {
-            let file = path.join(name);
-            std::fs::read(&file).map_err(|e| CheckpointError::io("reading", &file, e))
-        };
-        let json = |name: &str, bytes: &[u8]| -> Result<serde_json::Value, CheckpointError> {
-            serde_json::from_slice(bytes).map_err(|e| CheckpointError::Malformed {
-                what: "file is not JSON".into(),
-                file: path.join(name),
-                tensor: None,
-                expected: "a JSON object".into(),
-                found: e.to_string(),
-                hint: None,
-            })
-        };
-        let config = match json("config.json", &read("config.json")?)? {
-            serde_json::Value::Object(map) => ConfigJson(map),
-            _ => ConfigJson::default(),
-        };
-        let mut files = Vec::new();
-        if path.join("model.safetensors.index.json").exists() {
-            let index =
-                json("model.safetensors.index.json", &read("model.safetensors.index.json")?)?;
-            let map = index.get("weight_map").and_then(|m| m.as_object());
-            for shard in map.into_iter().flat_map(|m| m.values()).filter_map(|v| v.as_str()) {
-                let file = path.join(shard);
-                if !files.contains(&file) {
-                    files.push(file);
-                }
-            }
+    /// The three steps of opening: the file format, the layout of its experts, the adapter on top.
+    fn assemble(model: &Path, adapter: Option<&Path>) -> Result<Self, CheckpointError> {
+        let is_gguf = model.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        let opened = if is_gguf && model.is_file() {
+            return Err(CheckpointError::Unsupported {
+                what: "GGUF files cannot be read yet".into(),
+                file: model.to_owned(),
+                hint: "take a folder of safetensors".into(),
+            });
         } else {
-            files.push(path.join("model.safetensors"));
+            Self::open_folder(model)?
+        };
+        match adapter {
+            None => Ok(opened),
+            Some(folder) => Err(CheckpointError::Unsupported {
+                what: "adapters cannot be applied yet".into(),
+                file: folder.to_owned(),
+                hint: "merge the adapter into a copy of the model".into(),
+            }),
         }
-        let (mut tensors, mut other) = (BTreeMap::new(), Vec::new());
-        for file in &files {
-            let shard = shard::open(file)?;
-            for (name, weight) in shard.weights {
-                tensors.insert(name, Arc::new(weight) as WeightRef);
-            }
-            other.extend(shard.other);
-        }
-        let side = SIDE_FILES
-            .iter()
-            .map(|name| (name, path.join(name)))
-            .filter(|(_, file)| file.exists())
-            .map(|(name, file)| SideFile {
-                name: (*name).to_owned(),
-                content: SideContent::File(file),
-            })
-            .collect();
+    }
+
+    fn open_folder(path: &Path) -> Result<Self, CheckpointError> {
+        // The weights come first: a folder of another kind (an adapter, a GGUF file, PyTorch pickles) is told by them.
+        let shards = folder::shards(path)?;
+        let config = folder::config(path)?;
+        let tensors = folder::tensors(&shards)?;
+        let mut notes = shards.notes;
+        notes.extend(tensors.notes);
+        let side = folder::side_files(path, &mut notes);
         Ok(Self {
             label: path.display().to_string(),
             path: path.to_owned(),
             config,
-            tensors,
-            other,
-            files,
+            tensors: tensors.weights,
+            other: tensors.other,
+            files: shards.files,
             side,
-            notes: Vec::new(),
+            notes,
         })
     }
 
     /// The weight `name`.
     ///
     /// # Errors
-    /// [`CheckpointError::MissingTensor`], with the nearest name there is.
+    /// [`CheckpointError::MissingTensor`], with the nearest name there is; [`CheckpointError::Malformed`] if it is
+    /// there in a dtype that is not computed with (`F64`, `F8_E4M3`, `I8`, …).
     pub fn weight(&self, name: &str) -> Result<&WeightRef, CheckpointError> {
-        self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
-            file: self.path.clone(),
-            tensor: name.to_owned(),
-            nearest: None,
-        })
+        if let Some(weight) = self.tensors.get(name) {
+            return Ok(weight);
+        }
+        match self.other.iter().find(|o| o.name == name) {
+            Some(other) => Err(wrong_dtype(other)),
+            None => Err(CheckpointError::MissingTensor {
+                file: self.path.clone(),
+                tensor: name.to_owned(),
+                nearest: file::nearest(name, self.tensors.keys().map(String::as_str))
+                    .map(str::to_owned),
+            }),
+        }
     }
 
     /// The side file `name`, if the model has it.
     pub fn side_file(&self, name: &str) -> Option<&SideFile> {
         self.side.iter().find(|f| f.name == name)
     }
+}
+
+fn wrong_dtype(other: &OtherTensor) -> CheckpointError {
+    let hint = match other.dtype {
+        d if d.starts_with("F8") || d.starts_with("F6") || d.starts_with("F4") => {
+            "this is a quantised checkpoint; take its bf16 original"
+        }
+        "I8" | "U8" | "I32" | "U32" => {
+            "this looks like a quantised checkpoint (bitsandbytes, GPTQ, AWQ); take its bf16 original"
+        }
+        _ => "load the model in transformers with `dtype=torch.bfloat16` and save it again",
+    };
+    CheckpointError::Malformed {
+        what: "weight has an unsupported dtype".into(),
+        file: other.file.clone(),
+        tensor: Some(other.name.clone()),
+        expected: "F32, BF16 or F16".into(),
+        found: format!("{} {:?}", other.dtype, other.shape),
+        hint: Some(hint.into()),
+    }
+}
+
+/// A model or adapter as a path: one that exists, else a snapshot of the Hub cache.
+fn locate(
+    text: &str,
+    revision: Option<&str>,
+    base_dir: &Path,
+    hub: &Hub,
+    kind: RepoKind,
+) -> Result<hub::Snapshot, CheckpointError> {
+    let path = base_dir.join(text);
+    match path.metadata() {
+        Ok(meta) => {
+            if let Some(revision) = revision {
+                return Err(CheckpointError::NotFound {
+                    path: format!("{}@{revision}", path.display()).into(),
+                    hint: format!(
+                        "`{}` is a path, which has no revisions; leave `@{revision}` out",
+                        path.display()
+                    ),
+                });
+            }
+            let is_safetensors = path.extension().is_some_and(|e| e == "safetensors");
+            let path = match path.parent() {
+                Some(folder) if meta.is_file() && is_safetensors => folder.to_owned(),
+                _ => path,
+            };
+            if meta.is_dir()
+                || is_safetensors
+                || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+            {
+                return Ok(hub::Snapshot { path, note: None });
+            }
+            Err(CheckpointError::Unsupported {
+                what: "not a model".into(),
+                file: path,
+                hint: "a source is a folder with `config.json` and safetensors, a `.gguf` file or a Hub name".into(),
+            })
+        }
+        Err(e)
+            if e.kind() != std::io::ErrorKind::NotFound
+                && e.kind() != std::io::ErrorKind::NotADirectory =>
+        {
+            Err(CheckpointError::io("opening", &path, e))
+        }
+        Err(_) if hub::is_name(text) => hub.snapshot(text, revision, kind).map_err(|e| match e {
+            CheckpointError::NotFound { path: name, hint } => {
+                let near = nearest_sibling(&path)
+                    .map(|n| format!("did you mean `{n}`? "))
+                    .unwrap_or_default();
+                let hint = format!("{near}looked for the path `{}` too: {hint}", path.display());
+                CheckpointError::NotFound { path: name, hint }
+            }
+            other => other,
+        }),
+        Err(_) => Err(CheckpointError::NotFound { hint: not_found_hint(&path), path }),
+    }
+}
+
+fn not_found_hint(path: &Path) -> String {
+    if let Some(near) = nearest_sibling(path) {
+        return format!("did you mean `{near}`?");
+    }
+    if path.symlink_metadata().is_ok() {
+        return "it is a link to nothing".into();
+    }
+    let parent = path.ancestors().skip(1).find(|p| p.exists() && !p.as_os_str().is_empty());
+    match parent {
+        Some(parent) => format!(
+            "`{}` exists, what follows does not; relative paths start at the recipe's folder, or at the working folder",
+            parent.display()
+        ),
+        None => "relative paths start at the recipe's folder, or at the working folder".into(),
+    }
+}
+
+/// The entry beside `path` whose name is nearest to it.
+fn nearest_sibling(path: &Path) -> Option<String> {
+    let (parent, wanted) = (path.parent()?, path.file_name()?.to_str()?);
+    let mut names: Vec<String> = std::fs::read_dir(parent)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    let near = file::nearest(wanted, names.iter().map(String::as_str))?;
+    Some(parent.join(near).display().to_string())
 }
