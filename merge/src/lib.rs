@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod methods;
 pub mod recipe;
 
 pub use error::MergeError;
