@@ -1,8 +1,28 @@
-//! Recipes: YAML to plan to output
+//! Recipes: YAML to plan to output.
+//!
+//! [`recipe::parse`] reads a recipe and reports every mistake with its line; [`open`] opens what it names, nested
+//! recipes included; [`dense`] makes the result of a dense merge, whose weights are computed when they are read.
+//!
+//! ```no_run
+//! use moe_merge_merge::{dense, recipe};
+//! # fn main() -> Result<(), moe_merge_merge::MergeError> {
+//! let text = std::fs::read_to_string("recipes/soup.yaml").unwrap_or_default();
+//! if let recipe::Recipe::Dense(soup) = recipe::parse(&text, "recipes/soup.yaml".as_ref())? {
+//!     let merged = dense(&soup, "recipes".as_ref())?;
+//!     println!("{} tensors", merged.tensors.len());
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 
+mod dense;
 mod error;
+pub mod methods;
 pub mod recipe;
+mod sources;
 
+pub use dense::dense;
 pub use error::MergeError;
+pub use sources::open;

@@ -1,0 +1,57 @@
+//! `linear`: weighted mean.
+
+use std::ops::Range;
+
+use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+
+use super::{Base, Combine, Group, Method, Scope, flag, number, read, round};
+
+/// `sum_m w_m W_m`, divided by `sum_m w_m` with `normalize`. In f32, rounded once.
+pub(super) const METHOD: Method = Method {
+    name: "linear",
+    summary: "weighted mean of the models",
+    parameters: &[
+        number("weight", Scope::Model, None, "weight of this model"),
+        flag("normalize", true, "divide by the sum of the weights"),
+    ],
+    base: Base::Ordinary,
+    models: (1, usize::MAX),
+    whole_tensor: false,
+    source: "Wortsman et al. 2022, Model soups, arXiv:2203.05482",
+    build,
+};
+
+#[derive(Debug)]
+struct Linear {
+    weights: Vec<f32>,
+    /// Sum of the weights, 1 without `normalize`.
+    divisor: f32,
+    dtype: Dtype,
+}
+
+fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
+    let weights: Vec<f32> = group.own(0).into_iter().map(|w| w as f32).collect();
+    let divisor = if group.global[0] != 0.0 { weights.iter().sum() } else { 1.0 };
+    if divisor == 0.0 {
+        return Err("the weights add up to zero, and `normalize` divides by their sum".into());
+    }
+    Ok(Box::new(Linear { weights, divisor, dtype: group.dtype }))
+}
+
+impl Combine for Linear {
+    fn rows(
+        &self,
+        inputs: &[WeightRef],
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        out.fill(0.0);
+        for (input, weight) in inputs.iter().zip(&self.weights) {
+            for (o, v) in out.iter_mut().zip(read(input, rows.clone())?) {
+                *o += weight * v;
+            }
+        }
+        out.iter_mut().for_each(|o| *o = round(*o / self.divisor, self.dtype));
+        Ok(())
+    }
+}

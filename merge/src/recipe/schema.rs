@@ -1,0 +1,339 @@
+//! The keys of a recipe: one table for each kind of mapping. Checks, "did you mean", docs and the JSON schema are all
+//! made from these tables.
+
+use serde_json::{Map, Value, json};
+
+use super::moe::{ARCHITECTURES, GATE_MODES};
+use crate::methods::METHODS;
+
+/// One key of a mapping.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// As it is written.
+    pub name: &'static str,
+    /// What it means.
+    pub doc: &'static str,
+    /// What holds without it, in words.
+    pub default: Option<&'static str>,
+    /// Whether it has to be there.
+    pub required: bool,
+    /// What its value looks like.
+    pub shape: Shape,
+    /// Whether this version can do it.
+    pub availability: Availability,
+}
+
+/// Whether a key can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Availability {
+    /// Yes.
+    Now,
+    /// It is known, and refused for now.
+    Later {
+        /// `false` is accepted: it asks for nothing.
+        unless_false: bool,
+        /// What to do instead.
+        reason: &'static str,
+    },
+}
+
+/// What a value looks like.
+#[derive(Debug, Clone, Copy)]
+pub enum Shape {
+    /// Text.
+    Text,
+    /// `true` or `false`.
+    Bool,
+    /// A whole number from this on.
+    Integer(u64),
+    /// A number of at least 0.
+    Scale,
+    /// A list of texts.
+    Texts,
+    /// One of the dtype names.
+    Dtype,
+    /// Where a model is.
+    Source,
+    /// `[first, end)`.
+    Range,
+    /// Text of a known set, which may be spelt in other ways too.
+    Name(fn() -> Vec<&'static str>),
+    /// Parameters of a dense merge method.
+    Parameters,
+    /// Names to files.
+    Files,
+    /// Mappings of another table.
+    Objects(&'static str),
+    /// A text or a mapping of another table.
+    NameOr(&'static [&'static str], &'static str),
+    /// Anything: not read by this version.
+    Any,
+}
+
+const fn key(name: &'static str, shape: Shape, doc: &'static str) -> Key {
+    Key { name, doc, default: None, required: false, shape, availability: Availability::Now }
+}
+
+impl Key {
+    const fn required(mut self) -> Self {
+        self.required = true;
+        self
+    }
+
+    const fn default(mut self, default: &'static str) -> Self {
+        self.default = Some(default);
+        self
+    }
+
+    const fn later(mut self, unless_false: bool, reason: &'static str) -> Self {
+        self.availability = Availability::Later { unless_false, reason };
+        self
+    }
+}
+
+fn gate_modes() -> Vec<&'static str> {
+    GATE_MODES.iter().map(|(name, _, _)| *name).collect()
+}
+
+fn architectures() -> Vec<&'static str> {
+    ARCHITECTURES.iter().map(|(name, _)| *name).collect()
+}
+
+fn methods() -> Vec<&'static str> {
+    METHODS.iter().map(|m| m.name).collect()
+}
+
+/// A MoE recipe.
+pub const MOE: &[Key] = &[
+    key("base_model", Shape::Source, "the model whose embeddings, attention and norms are kept, and whose hidden states make the gates").required(),
+    key("experts", Shape::Objects("expert"), "the models whose MLPs become the experts, at least two").required(),
+    key("shared_experts", Shape::Objects("expert"), "experts that every token visits").default("none"),
+    key("gate_mode", Shape::Name(gate_modes), "how the gates are made from the prompts").default("auto"),
+    key("experts_per_token", Shape::Integer(1), "experts that each token visits").default("2"),
+    key("dtype", Shape::Dtype, "dtype of the output").default("as the base model has it"),
+    key("architecture", Shape::Name(architectures), "family of the output").default("the first that fits the base model"),
+    key("attention", Shape::NameOr(&["base", "average"], "attention"), "how the tensors outside the MLPs are made: taken from the base, the mean of all experts, or a dense merge").default("base"),
+    key("tokenizer", Shape::Name(|| vec!["base"]), "`base`: the base's tokenizer and vocabulary serve all, whatever the experts were trained with").default("all vocabularies have to be equal"),
+    key("evaluation", Shape::Files, "text files by domain, for perplexity before and after").default("none"),
+    key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
+    key("seed", Shape::Integer(0), "seed of noise and of random gates").default("0"),
+    key("allow_identical_experts", Shape::Bool, "build even though all experts are the same model, which is useless without training").default("false"),
+    key("self_text", Shape::Any, "tokens that each expert writes itself as calibration text").later(true, "give every expert `positive_prompts` or a `prompts_file`"),
+    key("generalist", Shape::Any, "the base's own MLPs as one more expert").later(true, "list the base model as an expert with prompts of its own"),
+    key("align", Shape::Any, "fit transplanted MLPs to the stream they now live in").later(true, "without it the experts' MLPs are used as they are"),
+    key("pad", Shape::Any, "pad experts of different sizes").later(true, "all experts need the base's sizes"),
+];
+
+/// One expert of a MoE recipe.
+pub const EXPERT: &[Key] = &[
+    key("source_model", Shape::Source, "the model whose MLPs are used").required(),
+    key("name", Shape::Text, "shown in reports").default("the last part of the source's path"),
+    key("positive_prompts", Shape::Texts, "texts that this expert should get").default("none"),
+    key("negative_prompts", Shape::Texts, "texts that it should not get").default("none"),
+    key("prompts_file", Shape::Text, "more positive prompts: blocks of text divided by blank lines, or JSON lines with `text`").default("none"),
+    key("layers", Shape::Range, "only in these layers; the base's MLP elsewhere").default("all layers"),
+    key("noise_scale", Shape::Scale, "standard deviation of noise added to its matrices").default("0"),
+    key("residual_scale", Shape::Scale, "factor on its down projection").default("1"),
+];
+
+/// A dense merge recipe.
+pub const DENSE: &[Key] = &[
+    key("merge_method", Shape::Name(methods), "the method").required(),
+    key("base_model", Shape::Source, "the model that task vectors are taken against").default("none; the first model gives config and tokenizer"),
+    key("models", Shape::Objects("model"), "whole models; exactly one of `models` and `slices`").default("none"),
+    key("slices", Shape::Objects("slice"), "layers of models, one slice after the other").default("none"),
+    key("parameters", Shape::Parameters, "parameters for all models and layers").default("the method's own"),
+    key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
+    key("out_dtype", Shape::Dtype, "dtype of the output").default("`dtype`"),
+    key("tokenizer_source", Shape::Name(|| vec!["base", "union"]), "accepted while all tokenizers are the same file").default("the tokenizer of `base_model`, else of the first model"),
+    key("name", Shape::Text, "shown in reports").default("none"),
+    key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
+    key("tokenizer", Shape::Any, "a new vocabulary").later(true, "models with one common vocabulary need none of it"),
+    key("chat_template", Shape::Any, "a new chat template").later(true, "the chat template of the base model is carried over; edit it in the output"),
+    key("modules", Shape::Any, "parts of models that have several").later(true, "use `models` or `slices`"),
+];
+
+/// A model of a dense merge recipe.
+pub const DENSE_MODEL: &[Key] = &[
+    key("model", Shape::Source, "the model").required(),
+    key("parameters", Shape::Parameters, "parameters for this model").default("the recipe's"),
+];
+
+/// An output slice of a dense merge recipe.
+pub const SLICE: &[Key] = &[
+    key("sources", Shape::Objects("slice_source"), "the layers that are merged").required(),
+    key("base_model", Shape::Source, "another base for this slice").default("the recipe's"),
+    key("parameters", Shape::Parameters, "parameters for this slice").default("the recipe's"),
+    key("residual_weight", Shape::Any, "has no meaning").later(true, "mergekit reads it and does nothing with it; remove it"),
+];
+
+/// A source of an output slice.
+pub const SLICE_SOURCE: &[Key] = &[
+    key("model", Shape::Source, "the model").required(),
+    key("layer_range", Shape::Range, "its layers, `[first, end)`").required(),
+    key("parameters", Shape::Parameters, "parameters for this source").default("the slice's"),
+];
+
+/// A dense merge block under `attention:`.
+pub const ATTENTION: &[Key] = &[
+    key("merge_method", Shape::Name(methods), "the method").required(),
+    key("base_model", Shape::Source, "the model that task vectors are taken against").default("the recipe's `base_model`, for methods that need one"),
+    key("models", Shape::Objects("model"), "the models").default("all experts"),
+    key("parameters", Shape::Parameters, "parameters for all models and layers").default("the method's own; `weight: 1`"),
+    key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
+];
+
+/// The object form of a model reference.
+pub const SOURCE: &[Key] = &[
+    key("model", Shape::Any, "folder, GGUF file or Hub name").required(),
+    key("revision", Shape::Text, "Hub revision").default("main"),
+    key("lora", Shape::Any, "PEFT adapter on top").default("none"),
+    key("lora_revision", Shape::Text, "Hub revision of the adapter").default("main"),
+    key("override_architecture", Shape::Any, "another class name").later(false, "the architecture is read from the model's config.json"),
+];
+
+/// `{path, revision}` inside the object form.
+pub const PATH: &[Key] = &[
+    key("path", Shape::Text, "folder, GGUF file or Hub name").required(),
+    key("revision", Shape::Text, "Hub revision").default("main"),
+];
+
+/// All tables by name.
+pub const TABLES: &[(&str, &[Key])] = &[
+    ("moe", MOE),
+    ("expert", EXPERT),
+    ("dense", DENSE),
+    ("model", DENSE_MODEL),
+    ("slice", SLICE),
+    ("slice_source", SLICE_SOURCE),
+    ("attention", ATTENTION),
+    ("source", SOURCE),
+    ("path", PATH),
+];
+
+/// The recipe language as a JSON schema (draft 2020-12), for editors.
+pub fn json_schema() -> Value {
+    let mut definitions = Map::new();
+    for (name, keys) in TABLES {
+        definitions.insert((*name).to_owned(), object(keys));
+    }
+    definitions.insert("model_reference".into(), json!({
+        "description": "`PATH[@revision][+ADAPTER[@revision]]`, a path to another recipe, an object, or a recipe",
+        "anyOf": [
+            {"type": "string"},
+            {"$ref": "#/$defs/source"},
+            {"$ref": "#/$defs/dense"},
+        ],
+    }));
+    let scalar = json!({"type": ["number", "boolean", "string"]});
+    let gradient = json!({"anyOf": [scalar, {"type": "array", "items": scalar}]});
+    let filtered = json!({
+        "type": "object",
+        "properties": {"filter": {"type": "string"}, "value": gradient},
+        "required": ["value"],
+        "additionalProperties": false,
+    });
+    definitions.insert("parameters".into(), json!({
+        "type": "object",
+        "additionalProperties": {"anyOf": [gradient, filtered, {"type": "array", "items": filtered}]},
+    }));
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "moe-merge recipe",
+        "anyOf": [{"$ref": "#/$defs/moe"}, {"$ref": "#/$defs/dense"}],
+        "$defs": definitions,
+    })
+}
+
+fn object(keys: &[Key]) -> Value {
+    let mut properties = Map::new();
+    for key in keys {
+        let mut schema = shape(&key.shape);
+        let mut doc = key.doc.to_owned();
+        if let Some(default) = key.default {
+            doc.push_str(&format!(" (default: {default})"));
+        }
+        if let Availability::Later { .. } = key.availability {
+            doc.push_str(" (not supported by this version)");
+        }
+        schema.insert("description".into(), doc.into());
+        properties.insert(key.name.to_owned(), schema.into());
+    }
+    let required: Vec<_> = keys.iter().filter(|k| k.required).map(|k| k.name).collect();
+    json!({
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    })
+}
+
+fn shape(shape: &Shape) -> Map<String, Value> {
+    let reference = |name: &str| json!({"$ref": format!("#/$defs/{name}")});
+    let schema = match shape {
+        Shape::Text => json!({"type": "string"}),
+        Shape::Bool => json!({"type": "boolean"}),
+        Shape::Integer(least) => json!({"type": "integer", "minimum": least}),
+        Shape::Scale => json!({"type": "number", "minimum": 0}),
+        Shape::Texts => json!({"type": "array", "items": {"type": "string"}}),
+        Shape::Dtype => json!({"type": "string", "examples": ["float32", "bfloat16", "float16"]}),
+        Shape::Source => json!({"allOf": [reference("model_reference")]}),
+        Shape::Range => json!({
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 2,
+            "maxItems": 2,
+        }),
+        Shape::Name(names) => json!({"type": "string", "examples": names()}),
+        Shape::Parameters => json!({"allOf": [reference("parameters")]}),
+        Shape::Files => json!({"type": "object", "additionalProperties": {"type": "string"}}),
+        Shape::Objects(name) => json!({"type": "array", "items": reference(name)}),
+        Shape::NameOr(names, name) => json!({"anyOf": [{"enum": names}, reference(name)]}),
+        Shape::Any => json!({}),
+    };
+    match schema {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schema_knows_every_key() {
+        let schema = json_schema();
+        for (name, keys) in TABLES {
+            let object = &schema["$defs"][name];
+            for key in *keys {
+                let doc = object["properties"][key.name]["description"].as_str().expect(key.name);
+                assert!(doc.starts_with(key.doc));
+            }
+            assert_eq!(object["additionalProperties"], json!(false));
+        }
+        assert_eq!(schema["$defs"]["moe"]["required"], json!(["base_model", "experts"]));
+    }
+
+    #[test]
+    fn every_reference_has_a_definition() {
+        fn walk<'v>(value: &'v Value, found: &mut Vec<&'v str>) {
+            match value {
+                Value::Object(map) => {
+                    found.extend(map.get("$ref").and_then(|r| r.as_str()));
+                    map.values().for_each(|v| walk(v, found));
+                }
+                Value::Array(items) => items.iter().for_each(|v| walk(v, found)),
+                _ => {}
+            }
+        }
+        let schema = json_schema();
+        let mut references = Vec::new();
+        walk(&schema, &mut references);
+        assert!(references.len() > 10);
+        for reference in references {
+            let name = reference.strip_prefix("#/$defs/").expect("local reference");
+            assert!(schema["$defs"].get(name).is_some(), "{reference}");
+        }
+    }
+}
