@@ -262,6 +262,11 @@ pub fn hash_files(
     Ok(unique.into_iter().zip(records).collect())
 }
 
+/// BLAKE3 of `bytes`, in hexadecimal.
+pub fn hash_bytes(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}
+
 /// Bytes read at a time: ordinary reads into a small buffer keep the file out of this process's resident memory.
 const BUFFER: usize = 1 << 18;
 

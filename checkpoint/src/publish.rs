@@ -12,12 +12,20 @@ use crate::error::CheckpointError;
 
 /// A flag that a signal handler raises and every long loop asks.
 #[derive(Debug, Clone, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt {
+    flag: Arc<AtomicBool>,
+    parent: Option<Arc<AtomicBool>>,
+}
 
 impl Interrupt {
     /// Asks everything that watches this flag to stop. Safe to call from any thread.
     pub fn trigger(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.flag.store(true, Ordering::Relaxed);
+    }
+
+    /// A flag for a part of the work: raised with this one, and on its own without touching this one.
+    pub fn child(&self) -> Self {
+        Self { flag: Arc::default(), parent: Some(self.flag.clone()) }
     }
 
     /// Whether somebody asked to stop.
@@ -25,7 +33,11 @@ impl Interrupt {
     /// # Errors
     /// [`CheckpointError::Interrupted`] if so.
     pub fn check(&self) -> Result<(), CheckpointError> {
-        if self.0.load(Ordering::Relaxed) { Err(CheckpointError::Interrupted) } else { Ok(()) }
+        let raised = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        match raised(&self.flag) || self.parent.as_deref().is_some_and(raised) {
+            true => Err(CheckpointError::Interrupted),
+            false => Ok(()),
+        }
     }
 }
 

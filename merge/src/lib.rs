@@ -22,7 +22,17 @@ mod error;
 pub mod methods;
 pub mod recipe;
 mod sources;
+pub mod card;
+mod compose;
+pub mod config_out;
+mod error;
+pub mod families;
+pub mod plan;
+pub mod recipe;
+pub mod write;
 
 pub use dense::dense;
 pub use error::MergeError;
 pub use sources::open;
+pub use plan::{Assembly, ExpertInput, Gates, Plan};
+pub use write::{Provenance, Written, write, write_dense};

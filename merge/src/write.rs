@@ -1,0 +1,251 @@
+//! From a plan to a folder.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use moe_merge_checkpoint::manifest::{
+    FileRecord, MANIFEST_VERSION, Manifest, SourceRecord, TOOL_VERSION, hash_files,
+};
+use moe_merge_checkpoint::weight::OwnedWeight;
+use moe_merge_checkpoint::write::{
+    OutTensor, SHARD_LIMIT, ShardName, ShardPlan, Watch, WrittenShard, split, write_file,
+    write_index, write_json, write_shards,
+};
+use moe_merge_checkpoint::{CheckpointError, Dtype, Source, Staging, WeightRef};
+use serde_json::{Map, Value};
+
+use crate::card::{self, Dialect};
+use crate::config_out::{dense_config, generation_config};
+use crate::error::MergeError;
+use crate::plan::{Assembly, Content, Gates, Plan, PlannedTensor, Role};
+
+/// How the output came to be, for its manifest and its card.
+#[derive(Debug, Clone, Default)]
+pub struct Provenance {
+    /// Name of the output, the card's title.
+    pub name: String,
+    /// The recipe as written.
+    pub recipe: Option<String>,
+    /// Whose recipe language that is.
+    pub dialect: Dialect,
+    /// How the routers were made.
+    pub gate_mode: Option<String>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Lines of Markdown for the card: predicted load, perplexity.
+    pub report: Vec<String>,
+    /// `license` of the card's header, if known.
+    pub license: Option<String>,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// Every file but those below `.moe-merge`, sorted by name.
+    pub files: Vec<FileRecord>,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// Writes a MoE into `staging`, ready to be published.
+///
+/// The weight files of the sources are hashed while the shards are written.
+///
+/// # Errors
+/// [`MergeError::Checkpoint`]: no room (found before the first byte where it can be), a weight that is not finite, an
+/// interruption, a target that holds one of the sources, gates of the wrong size.
+pub fn write(
+    assembly: &Assembly,
+    plan: &Plan,
+    gates: &Gates,
+    provenance: &Provenance,
+    staging: &Staging,
+    watch: Watch<'_>,
+) -> Result<Written, MergeError> {
+    gates.check(plan)?;
+    let sources = assembly.sources();
+    let shards = moe_shards(plan, gates);
+    let (shards, sources) = write_and_hash(&shards, &sources, plan.disk_bytes, staging, watch)?;
+    let dir = staging.path();
+    let mut files = vec![write_index(dir, &shards)?];
+    files.extend(shards.into_iter().map(|s| s.file));
+    let title = format!("{} of {} experts", assembly.family.name(), assembly.experts.len());
+    let config = plan.config.clone();
+    let manifest = Manifest {
+        family: assembly.family.name().into(),
+        experts: assembly.experts.iter().map(|e| e.name.clone()).collect(),
+        ..manifest(provenance, sources)
+    };
+    finish(staging, &assembly.base, config, &title, provenance, manifest, files)
+}
+
+/// Writes a dense model into `staging`: the tensors of `source` as they are or as they are computed, rounded to `dtype`.
+///
+/// * `inputs`: what went in, for manifest and card, each with its role
+///
+/// # Errors
+/// As [`write`].
+pub fn write_dense(
+    source: &Source,
+    inputs: &[(String, &Source)],
+    dtype: Option<Dtype>,
+    provenance: &Provenance,
+    staging: &Staging,
+    watch: Watch<'_>,
+) -> Result<Written, MergeError> {
+    let tensors: Vec<OutTensor> = source
+        .tensors
+        .iter()
+        .map(|(name, weight)| OutTensor {
+            name: name.clone(),
+            weight: weight.clone(),
+            dtype: dtype.unwrap_or(weight.dtype()),
+        })
+        .collect();
+    let bytes: u64 = tensors.iter().map(OutTensor::size).sum();
+    let parts = split(tensors, SHARD_LIMIT);
+    let count = parts.len();
+    let shards: Vec<ShardPlan> = parts
+        .into_iter()
+        .enumerate()
+        .map(|(i, tensors)| {
+            let name = match count {
+                1 => "model.safetensors".to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+            };
+            ShardPlan { name: ShardName::Fixed(name), tensors }
+        })
+        .collect();
+    let (shards, sources) = write_and_hash(&shards, inputs, bytes, staging, watch)?;
+    let mut files = Vec::new();
+    if count > 1 {
+        files.push(write_index(staging.path(), &shards)?);
+    }
+    files.extend(shards.into_iter().map(|s| s.file));
+    let config = dense_config(&source.config, dtype);
+    let manifest = Manifest { family: "dense".into(), ..manifest(provenance, sources) };
+    finish(staging, source, config, "dense merge", provenance, manifest, files)
+}
+
+/// One shard per role, cut at the limit.
+fn moe_shards(plan: &Plan, gates: &Gates) -> Vec<ShardPlan> {
+    let mut roles: BTreeMap<Role, Vec<OutTensor>> = BTreeMap::new();
+    for tensor in &plan.tensors {
+        roles.entry(tensor.role).or_default().push(OutTensor {
+            name: tensor.name.clone(),
+            weight: numbers(tensor, gates),
+            dtype: tensor.dtype,
+        });
+    }
+    let mut shards = Vec::new();
+    for (role, tensors) in roles {
+        let parts = split(tensors, SHARD_LIMIT);
+        let many = parts.len() > 1;
+        for (i, tensors) in parts.into_iter().enumerate() {
+            let stem = if many { format!("{}-{:05}", role.stem(), i + 1) } else { role.stem() };
+            shards.push(ShardPlan { name: ShardName::ByContent(stem), tensors });
+        }
+    }
+    shards
+}
+
+/// The weight of a planned tensor; [`Gates::check`] has seen that the gates are there.
+fn numbers(tensor: &PlannedTensor, gates: &Gates) -> WeightRef {
+    let values = match &tensor.content {
+        Content::Weight(weight) => return weight.clone(),
+        Content::Router(layer) => &gates.layers[*layer],
+        Content::SharedGate(layer) => match &gates.shared {
+            Some(shared) => &shared[*layer],
+            None => return Arc::new(OwnedWeight::zeros(&tensor.name, &tensor.shape, tensor.dtype)),
+        },
+    };
+    Arc::new(OwnedWeight::from_f32(&tensor.name, values, &tensor.shape, Dtype::F32))
+}
+
+/// Writes the shards while the files of the sources are hashed beside it.
+fn write_and_hash(
+    shards: &[ShardPlan],
+    sources: &[(String, &Source)],
+    needed: u64,
+    staging: &Staging,
+    watch: Watch<'_>,
+) -> Result<(Vec<WrittenShard>, Vec<SourceRecord>), MergeError> {
+    let files: Vec<PathBuf> = sources.iter().flat_map(|(_, s)| s.files.iter().cloned()).collect();
+    staging.protect(&files)?;
+    staging.need(needed)?;
+    let hashing_stops = watch.interrupt.child();
+    let (written, hashed) = std::thread::scope(|scope| {
+        let hashing = scope.spawn(|| hash_files(&files, &hashing_stops));
+        let written = write_shards(staging.path(), shards, watch);
+        if written.is_err() {
+            // Nobody will ask for the hashes: what is being written is lost.
+            hashing_stops.trigger();
+        }
+        (written, hashing.join().unwrap_or(Err(CheckpointError::Interrupted)))
+    });
+    let (written, hashed) = (written?, hashed?);
+    let records = sources
+        .iter()
+        .map(|(role, source)| SourceRecord {
+            role: role.clone(),
+            label: card::public_label(source),
+            files: source.files.iter().filter_map(|f| hashed.get(f).cloned()).collect(),
+        })
+        .collect();
+    Ok((written, records))
+}
+
+fn manifest(provenance: &Provenance, sources: Vec<SourceRecord>) -> Manifest {
+    Manifest {
+        version: MANIFEST_VERSION,
+        tool_version: TOOL_VERSION.into(),
+        generation: 0,
+        family: String::new(),
+        experts: Vec::new(),
+        gate_mode: provenance.gate_mode.clone(),
+        seed: provenance.seed,
+        recipe_blake3: provenance
+            .recipe
+            .as_ref()
+            .map(|r| moe_merge_checkpoint::manifest::hash_bytes(r.as_bytes())),
+        sources,
+        files: Vec::new(),
+    }
+}
+
+/// Configuration, side files, recipe, card, manifest.
+fn finish(
+    staging: &Staging,
+    base: &Source,
+    config: Map<String, Value>,
+    title: &str,
+    provenance: &Provenance,
+    mut manifest: Manifest,
+    mut files: Vec<FileRecord>,
+) -> Result<Written, MergeError> {
+    let dir = staging.path();
+    files.push(write_json(dir, "config.json", &Value::Object(config))?);
+    for side in &base.side {
+        files.push(write_file(dir, &side.name, &side.read()?)?);
+    }
+    if base.side_file("generation_config.json").is_none() {
+        let settings = Value::Object(generation_config(&base.config));
+        files.push(write_json(dir, "generation_config.json", &settings)?);
+    }
+    if let Some(recipe) = &provenance.recipe {
+        files.push(write_file(dir, "moe-merge.yaml", recipe.as_bytes())?);
+        if let Some(name) = provenance.dialect.file_name() {
+            files.push(write_file(dir, name, recipe.as_bytes())?);
+        }
+    }
+    let text = card::card(title, base, provenance, &manifest);
+    files.push(write_file(dir, "README.md", text.as_bytes())?);
+    manifest.files = files;
+    manifest.write(dir)?;
+    let bytes = manifest.files.iter().map(|f| f.size).sum();
+    Ok(Written { files: manifest.files, bytes })
+}
+
+#[cfg(test)]
+mod tests;
