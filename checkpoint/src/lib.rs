@@ -25,6 +25,7 @@ pub mod header;
 pub mod hub;
 pub mod index;
 pub mod manifest;
+pub mod gguf;
 mod map;
 pub mod publish;
 mod shard;
