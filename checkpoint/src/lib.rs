@@ -24,6 +24,7 @@ mod map;
 pub mod publish;
 mod shard;
 mod source;
+pub mod summary;
 pub mod weight;
 pub mod write;
 
@@ -33,4 +34,5 @@ pub use explain::{Explain, Kind};
 pub use moe_merge_kernels::Dtype;
 pub use publish::{Interrupt, Replace, Staging};
 pub use source::{SideContent, SideFile, Source, SourceRef};
+pub use summary::Summary;
 pub use weight::{Weight, WeightRef};

@@ -107,7 +107,8 @@ impl ChatTemplate {
                 .map_err(|e| explain(&file, &e))?,
         );
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", json::tojson);
         environment.add_function("strftime_now", time::strftime_now);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -127,11 +128,11 @@ impl ChatTemplate {
         let messages: Value = messages
             .iter()
             .map(|m| {
-                Value::from_iter([("role", m.role.as_str()), ("content", m.content.as_str())])
+                Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
             })
             .collect();
         let text = |t: &Option<String>| t.clone().map_or(Value::UNDEFINED, Value::from);
-        let context = Value::from_iter([
+        let context = Value::from_pairs([
             ("messages", messages),
             ("add_generation_prompt", Value::from(turn == AssistantTurn::Open)),
             ("bos_token", text(&self.bos)),

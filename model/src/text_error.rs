@@ -130,7 +130,10 @@ impl Explain for TextError {
             Self::Tokenize { found, .. } => vec![("found", found.clone())],
             Self::NoChatTemplate { path, found } => vec![
                 ("path", path.display().to_string()),
-                ("expected", "`chat_template.jinja`, or `chat_template` in `tokenizer_config.json`".into()),
+                (
+                    "expected",
+                    "`chat_template.jinja`, or `chat_template` in `tokenizer_config.json`".into(),
+                ),
                 (
                     "found",
                     if found.is_empty() {

@@ -93,8 +93,7 @@ impl Tokenizer {
         let eos_id = eos.as_ref().map(|e| id_of(e, "eos_token")).transpose()?;
         eos_ids.extend(eos_id.filter(|id| !eos_ids.contains(id)));
         self.bos_text = bos.map(|(_, t)| t).or_else(|| self.inner.id_to_token(bos_id?));
-        self.eos_text =
-            eos.map(|(_, t)| t).or_else(|| self.inner.id_to_token(*eos_ids.first()?));
+        self.eos_text = eos.map(|(_, t)| t).or_else(|| self.inner.id_to_token(*eos_ids.first()?));
         (self.bos, self.eos_ids) = (bos_id, eos_ids);
         Ok(())
     }
@@ -263,13 +262,10 @@ pub struct TokenDifference {
 
 impl std::fmt::Display for VocabDifference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} tokens against {}, {} ids differ: ",
-            self.len.0, self.len.1, self.count
-        )?;
+        write!(f, "{} tokens against {}, {} ids differ: ", self.len.0, self.len.1, self.count)?;
         for (i, difference) in self.first.iter().enumerate() {
-            let text = |t: &Option<String>| t.as_ref().map_or("nothing".into(), |t| format!("{t:?}"));
+            let text =
+                |t: &Option<String>| t.as_ref().map_or("nothing".into(), |t| format!("{t:?}"));
             let comma = if i > 0 { ", " } else { "" };
             let (here, there) = (text(&difference.here), text(&difference.there));
             write!(f, "{comma}{} is {here} / {there}", difference.id)?;

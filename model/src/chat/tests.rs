@@ -8,7 +8,10 @@ fn parse(text: &str) -> ChatTemplate {
 fn conversation(value: &serde_json::Value) -> Vec<Message> {
     let text = |m: &serde_json::Value, key: &str| m[key].as_str().unwrap().to_owned();
     let messages = value.as_array().unwrap();
-    messages.iter().map(|m| Message { role: text(m, "role"), content: text(m, "content") }).collect()
+    messages
+        .iter()
+        .map(|m| Message { role: text(m, "role"), content: text(m, "content") })
+        .collect()
 }
 
 /// Three templates (SmolLM2's own, one in the manner of Llama 3, one in that of Mistral), rendered by
@@ -47,14 +50,17 @@ fn a_syntax_error_names_the_line() {
 
 #[test]
 fn an_endless_template_runs_out_of_fuel() {
-    let template = parse("{% for a in range(9000) %}{% for b in range(9000) %}x{% endfor %}{% endfor %}");
+    let template =
+        parse("{% for a in range(9000) %}{% for b in range(9000) %}x{% endfor %}{% endfor %}");
     let error = template.render(&[], AssistantTurn::Absent).unwrap_err();
     assert!(error.fields().iter().any(|f| f.1.contains("fuel")), "{error:?}");
 }
 
 #[test]
 fn json_is_written_as_python_does() {
-    let template = parse(r#"{{ {"b": [1, 2.5, none, true], "a": "é\"\n"} | tojson }} {{ {"b": 1, "a": "é"} | tojson(sort_keys=true, ensure_ascii=true, separators=[",", ":"]) }}"#);
+    let template = parse(
+        r#"{{ {"b": [1, 2.5, none, true], "a": "é\"\n"} | tojson }} {{ {"b": 1, "a": "é"} | tojson(sort_keys=true, ensure_ascii=true, separators=[",", ":"]) }}"#,
+    );
     let text = template.render(&[], AssistantTurn::Absent).unwrap();
     assert_eq!(text, r#"{"b": [1, 2.5, null, true], "a": "é\"\n"} {"a":"\u00e9","b":1}"#);
 }

@@ -5,8 +5,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use minijinja::{Error, ErrorKind};
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const DAYS: [&str; 7] =
     ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
@@ -111,7 +121,10 @@ mod tests {
         assert_eq!(strftime(0, "%d %b %Y, %A").unwrap(), "01 Jan 1970, Thursday");
         // 29 February 2024, 23:59:58: 19782 days after 1970 began.
         let leap = 19_782 * 86_400 + 86_398;
-        assert_eq!(strftime(leap, "%F %T %j %I%p %a %e %-d").unwrap(), "2024-02-29 23:59:58 060 11PM Thu 29 29");
+        assert_eq!(
+            strftime(leap, "%F %T %j %I%p %a %e %-d").unwrap(),
+            "2024-02-29 23:59:58 060 11PM Thu 29 29"
+        );
         assert_eq!(strftime(leap + 2, "%B %-d %y 100%%").unwrap(), "March 1 24 100%");
     }
 
