@@ -31,6 +31,7 @@ pub mod publish;
 mod shard;
 mod source;
 mod source_ref;
+pub mod summary;
 pub mod weight;
 pub mod write;
 
@@ -42,4 +43,5 @@ pub use publish::{Interrupt, Replace, Staging};
 pub use shard::OtherTensor;
 pub use source::{SideContent, SideFile, Source};
 pub use source_ref::SourceRef;
+pub use summary::Summary;
 pub use weight::{Weight, WeightRef};

@@ -127,10 +127,12 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], turn: AssistantTurn) -> Result<String, TextError> {
         let messages: Value = messages
             .iter()
-            .map(|m| Value::from_iter([("role", m.role.as_str()), ("content", m.content.as_str())]))
+            .map(|m| {
+                Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
+            })
             .collect();
         let text = |t: &Option<String>| t.clone().map_or(Value::UNDEFINED, Value::from);
-        let context = Value::from_iter([
+        let context = Value::from_pairs([
             ("messages", messages),
             ("add_generation_prompt", Value::from(turn == AssistantTurn::Open)),
             ("bos_token", text(&self.bos)),

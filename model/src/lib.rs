@@ -6,6 +6,8 @@ pub mod chat;
 pub mod sampler;
 mod text_error;
 pub mod tokenizer;
+pub mod verify;
+
 
 pub use chat::ChatTemplate;
 pub use sampler::{Sampler, Sampling};
