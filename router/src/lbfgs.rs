@@ -14,6 +14,8 @@ const SEARCHES: usize = 30;
 pub(crate) struct Stop {
     /// Norm of the gradient.
     pub gradient: f64,
+    /// Norm of the gradient, relative to the norm of the point.
+    pub relative: f64,
     /// Decrease of the objective in one step, relative to the objective.
     pub decrease: f64,
     /// Accepted steps.
@@ -86,13 +88,18 @@ impl Lbfgs {
         norm(&self.gradient)
     }
 
+    fn flat(&self) -> bool {
+        let limit = self.stop.relative * norm(&self.point);
+        norm(&self.gradient) <= self.stop.gradient.max(limit)
+    }
+
     /// Takes value and gradient at the trial point and chooses the next one.
     pub fn feed(&mut self, value: f64, gradient: Vec<f64>) {
         if !self.started {
             self.started = true;
             self.value = value;
             self.gradient = gradient;
-            self.done = norm(&self.gradient) <= self.stop.gradient;
+            self.done = self.flat();
             self.aim();
             return;
         }
@@ -113,7 +120,7 @@ impl Lbfgs {
         self.value = value;
         self.gradient = gradient;
         self.iterations += 1;
-        self.done = norm(&self.gradient) <= self.stop.gradient
+        self.done = self.flat()
             || decrease <= self.stop.decrease * value.abs()
             || self.iterations >= self.stop.iterations;
         self.aim();
@@ -132,7 +139,7 @@ impl Lbfgs {
         }
         self.pairs.retain(|p| dot(&p.s, &p.y) > 1e-12 * norm(&p.s) * norm(&p.y));
         self.iterations = 0;
-        self.done = norm(&self.gradient) <= self.stop.gradient;
+        self.done = self.flat();
         self.aim();
     }
 
@@ -206,7 +213,7 @@ fn add(a: &mut [f64], factor: f64, b: &[f64]) {
 mod tests {
     use super::*;
 
-    const EXACT: Stop = Stop { gradient: 1e-10, decrease: 0.0, iterations: 500 };
+    const EXACT: Stop = Stop { gradient: 1e-10, relative: 0.0, decrease: 0.0, iterations: 500 };
 
     fn run(solver: &mut Lbfgs, f: impl Fn(&[f64]) -> (f64, Vec<f64>)) {
         while !solver.done() {

@@ -19,7 +19,7 @@ use crate::span::Span;
 pub const LOGIT_BOUND: f64 = 32.0;
 
 /// When a fit that only serves to choose the penalty is good enough: held-out likelihood has long settled by then.
-const SEARCH: Stop = Stop { gradient: 1e-4, decrease: 3e-4, iterations: 60 };
+const SEARCH: Stop = Stop { gradient: 1e-4, relative: 0.0, decrease: 3e-4, iterations: 60 };
 
 /// Gate rows by class-balanced multinomial logistic regression without bias.
 ///
@@ -129,7 +129,8 @@ struct Search {
     value: f64,
 }
 
-/// Follows the fits of all folds from the strongest penalty to weaker ones until held-out loss no longer falls.
+/// Follows the fits of all folds from the strongest penalty to weaker ones until held-out loss no longer
+/// falls: the weak end of the path is where solving takes longest.
 fn search(
     table: &Table,
     targets: &[Target],
@@ -144,7 +145,6 @@ fn search(
         .map(|_| Lbfgs::new(vec![0.0; table.experts * width], features.first_step(table), SEARCH))
         .collect();
     let mut best: Option<Search> = None;
-    let mut worse = 0;
     for (i, &penalty) in options.penalties.iter().enumerate() {
         if i > 0 {
             let change = penalty - options.penalties[i - 1];
@@ -158,12 +158,8 @@ fn search(
             let held_out = logits.figures(temperature, folds.count, options.top_k);
             let parameters = mean(&points);
             best = Some(Search { penalty, temperature, held_out, parameters, value });
-            worse = 0;
         } else {
-            worse += 1;
-            if worse == 2 {
-                break;
-            }
+            break;
         }
     }
     best.ok_or(RouterError::AllZero)
@@ -200,8 +196,13 @@ fn solve(
     penalty: f64,
     options: &Options,
 ) -> Result<Lbfgs, RouterError> {
-    let stop =
-        Stop { gradient: options.tolerance, decrease: 0.0, iterations: options.max_iterations };
+    // The objective curves by at least twice the penalty, so this gradient means W is at most `tolerance · ‖W‖` away.
+    let stop = Stop {
+        gradient: 1e-12,
+        relative: 2.0 * penalty * options.tolerance,
+        decrease: 0.0,
+        iterations: options.max_iterations,
+    };
     let data = Data { experts: table.experts, width: features.width, x: &features.x64, targets };
     let mut solvers = [Lbfgs::new(start, features.first_step(table), stop)];
     run(&data, &mut solvers, &[weights.to_vec()], penalty)?;

@@ -39,7 +39,7 @@ impl Corpus {
 }
 
 fn exact() -> Options {
-    Options { tolerance: 1e-11, max_iterations: 2000, ..Options::default() }
+    Options { tolerance: 1e-9, max_iterations: 2000, ..Options::default() }
 }
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
