@@ -19,6 +19,7 @@
 pub mod config_json;
 mod error;
 mod explain;
+pub mod layout;
 mod map;
 mod shard;
 mod source;
