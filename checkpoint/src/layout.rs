@@ -141,7 +141,8 @@ mod tests {
             assert_eq!(seen.len(), 7);
             let stem = names[0].rsplit_once('.').unwrap().0;
             let values = |name: String| seen[&name].to_f32().unwrap();
-            let from = |start: usize, n: usize| (start..start + n).map(|i| i as f32).collect::<Vec<_>>();
+            let from =
+                |start: usize, n: usize| (start..start + n).map(|i| i as f32).collect::<Vec<_>>();
             assert_eq!(values(format!("l.{}.weight", names[0])), from(12, 6));
             assert_eq!(values(format!("l.{stem}.{}.weight", names[1])), from(18, 6));
             assert_eq!(values(format!("l.{stem}.{}.weight", names[2])), from(6, 6));
@@ -157,7 +158,8 @@ mod tests {
         let tensors: BTreeMap<_, _> = names.iter().map(|n| weight(n, &[2, 2])).collect();
         let seen = canonical(tensors.clone(), &config("qwen3_moe")).unwrap();
         assert_eq!(seen.keys().collect::<Vec<_>>(), tensors.keys().collect::<Vec<_>>());
-        let ernie = BTreeMap::from([weight("l.mlp.gate.moe_statics.e_score_correction_bias", &[1, 2])]);
+        let ernie =
+            BTreeMap::from([weight("l.mlp.gate.moe_statics.e_score_correction_bias", &[1, 2])]);
         let seen = canonical(ernie, &config("ernie4_5_moe")).unwrap();
         assert!(seen.contains_key("l.mlp.moe_statics.e_score_correction_bias"));
     }

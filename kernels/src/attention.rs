@@ -242,9 +242,7 @@ mod tests {
                 let total: f64 = (from..=position).map(score).sum();
                 for d in 0..s.v_dim {
                     out[(t * s.heads + h) * s.v_dim + d] = (from..=position)
-                        .map(|j| {
-                            score(j) / total * v[(j * s.kv_heads + g) * s.v_dim + d] as f64
-                        })
+                        .map(|j| score(j) / total * v[(j * s.kv_heads + g) * s.v_dim + d] as f64)
                         .sum();
                 }
             }

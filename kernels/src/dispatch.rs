@@ -159,7 +159,12 @@ mod tests {
     }
 
     /// Every expert on every token, weighed with what the router gave it.
-    fn dense_loop(x: &[f32], routing: &Routing, experts: &[ExpertView<'_>], hidden: usize) -> Vec<f32> {
+    fn dense_loop(
+        x: &[f32],
+        routing: &Routing,
+        experts: &[ExpertView<'_>],
+        hidden: usize,
+    ) -> Vec<f32> {
         let mut out = vec![0.0; x.len()];
         for (e, expert) in experts.iter().enumerate() {
             for token in 0..routing.tokens {

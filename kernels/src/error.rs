@@ -38,10 +38,6 @@ impl KernelError {
         expected: usize,
         found: usize,
     ) -> Result<(), KernelError> {
-        if expected == found {
-            Ok(())
-        } else {
-            Err(KernelError::Length { what, expected, found })
-        }
+        if expected == found { Ok(()) } else { Err(KernelError::Length { what, expected, found }) }
     }
 }

@@ -183,8 +183,9 @@ mod tests {
                 linear(&x, view, Some(&bias), &mut out).unwrap();
                 for t in 0..tokens {
                     for r in 0..rows {
-                        let sum: f64 =
-                            (0..cols).map(|c| x[t * cols + c] as f64 * w[r * cols + c] as f64).sum();
+                        let sum: f64 = (0..cols)
+                            .map(|c| x[t * cols + c] as f64 * w[r * cols + c] as f64)
+                            .sum();
                         let found = out[t * rows + r] as f64;
                         assert!((found - sum - r as f64).abs() < 1e-3, "{dtype} {t} {r}");
                     }

@@ -161,7 +161,9 @@ mod tests {
         let mut spec = RouterSpec { renormalise: false, ..RouterSpec::softmax(2) };
         let routing = route(&logits, 1, 3, None, &spec).unwrap();
         assert_eq!(routing.ids, [2, 1]);
-        assert!((routing.weights[0] - 0.5).abs() < 1e-6 && (routing.weights[1] - 0.375).abs() < 1e-6);
+        assert!(
+            (routing.weights[0] - 0.5).abs() < 1e-6 && (routing.weights[1] - 0.375).abs() < 1e-6
+        );
         spec.renormalise = true;
         spec.scale = 7.0;
         let routing = route(&logits, 1, 3, None, &spec).unwrap();
