@@ -28,9 +28,8 @@ fn check(folder: &Path) {
     let source = source(folder);
     let model = Model::open(&source).unwrap_or_else(|e| panic!("{name}: {e}"));
     let ids = &expected["input_ids"];
-    let prompts: Vec<Vec<u32>> = (0..ids.shape[0])
-        .map(|row| ids.row(row).iter().map(|v| *v as u32).collect())
-        .collect();
+    let prompts: Vec<Vec<u32>> =
+        (0..ids.shape[0]).map(|row| ids.row(row).iter().map(|v| *v as u32).collect()).collect();
     for (row, tokens) in prompts.iter().enumerate() {
         let (hidden, logits) = model.hidden_states(tokens).unwrap();
         assert_eq!(hidden.len(), model.spec().layers.len() + 1);
@@ -64,12 +63,7 @@ fn greedy(name: &str, model: &Model, prompt: &[u32], expected: &BTreeMap<String,
     assert_eq!(cache.len(), 8 + new.len());
 }
 
-fn probed(
-    name: &str,
-    source: &Source,
-    prompts: &[Vec<u32>],
-    expected: &BTreeMap<String, Golden>,
-) {
+fn probed(name: &str, source: &Source, prompts: &[Vec<u32>], expected: &BTreeMap<String, Golden>) {
     let mut seen = 0;
     probe(source, prompts, &mut |p| {
         assert_eq!(p.layer, seen);
@@ -87,8 +81,11 @@ fn probed(
 
 fn check_all(root: &str, count: usize) {
     let Some(root) = moe_merge_testkit::shared(root) else { return };
-    let mut folders: Vec<_> =
-        std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut folders: Vec<_> = std::fs::read_dir(root)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| p.is_dir())
+        .collect();
     folders.sort();
     assert_eq!(folders.len(), count);
     folders.iter().for_each(|f| check(f));
