@@ -26,6 +26,7 @@ pub mod hub;
 pub mod index;
 pub mod manifest;
 pub mod gguf;
+pub mod layout;
 mod map;
 pub mod publish;
 mod shard;
