@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::error::CheckpointError;
 use crate::manifest::FileRecord;
 use crate::publish::{Interrupt, free_bytes};
-use crate::weight::{Weight, WeightRef};
+use crate::weight::WeightRef;
 
 /// Largest shard, in bytes of tensors: the usual default of the Hugging Face tools.
 pub const SHARD_LIMIT: u64 = 5_000_000_000;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::shard;
-use crate::weight::{OwnedWeight, RowSlice};
+use crate::weight::{OwnedWeight, RowSlice, Weight};
 
 fn tensor(name: &str, values: &[f32], shape: &[usize], stored: Dtype, out: Dtype) -> OutTensor {
     let weight = Arc::new(OwnedWeight::from_f32(name, values, shape, stored));

@@ -92,9 +92,11 @@ fn every_family_holds_what_went_in() {
         assert_eq!(manifest.check(&target, &Interrupt::default()).unwrap(), []);
         assert_eq!(manifest.files, written.files);
         assert!(written.bytes <= plan.disk_bytes, "{} > {}", written.bytes, plan.disk_bytes);
-        let there = |name: &str| assert!(target.join(name).is_file(), "{family} {name}");
-        ["README.md", "moe-merge.yaml", "mergekit_moe_config.yml", "generation_config.json"]
-            .map(there);
+        for name in
+            ["README.md", "moe-merge.yaml", "mergekit_moe_config.yml", "generation_config.json"]
+        {
+            assert!(target.join(name).is_file(), "{family} {name}");
+        }
         let tokenizer = "tokenizer.json";
         assert_eq!(
             std::fs::read(target.join(tokenizer)).unwrap(),
