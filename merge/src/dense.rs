@@ -111,7 +111,8 @@ impl Models<'_> {
             return Ok(found);
         }
         let source = self.trail.open(spec, self.base_dir)?;
-        let in_names = || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
+        let in_names =
+            || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
         let layers = source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0);
         self.opened.push(Opened { identity, source, place: spec.place.clone(), layers });
         Ok(self.opened.len() - 1)
@@ -135,7 +136,8 @@ impl Models<'_> {
 
     fn check_families(&self, donor: usize, recipe: &DenseRecipe) -> Result<(), MergeError> {
         let first = &self.opened[donor];
-        let tokenizer = |m: &Opened| m.source.side_file("tokenizer.json").map(|f| f.read()).transpose();
+        let tokenizer =
+            |m: &Opened| m.source.side_file("tokenizer.json").map(|f| f.read()).transpose();
         let expected = if recipe.common_tokenizer { tokenizer(first)? } else { None };
         for other in &self.opened {
             let (a, b) = (first.source.config.model_type(), other.source.config.model_type());
@@ -187,10 +189,7 @@ struct PlannedInput<'a> {
     place: &'a Place,
 }
 
-fn plan<'a>(
-    recipe: &'a DenseRecipe,
-    models: &mut Models,
-) -> Result<Vec<Planned<'a>>, MergeError> {
+fn plan<'a>(recipe: &'a DenseRecipe, models: &mut Models) -> Result<Vec<Planned<'a>>, MergeError> {
     match &recipe.parts {
         Parts::Models(inputs) => {
             let mut planned = Vec::new();
@@ -201,7 +200,12 @@ fn plan<'a>(
                 let model = models.open(base)?;
                 if planned.iter().all(|p| p.model != model) {
                     let range = 0..models.opened[model].layers;
-                    planned.push(PlannedInput { model, range, parameters: None, place: &base.place });
+                    planned.push(PlannedInput {
+                        model,
+                        range,
+                        parameters: None,
+                        place: &base.place,
+                    });
                 }
             }
             let base = recipe.base_model.as_ref();
@@ -265,7 +269,8 @@ fn slice<'a>(
             let model = models.open(spec)?;
             let found = inputs.iter().position(|i| i.model == model);
             if found.is_none() {
-                let mut error = place.error("the base model is not among the sources of this slice");
+                let mut error =
+                    place.error("the base model is not among the sources of this slice");
                 error.expected = Some(format!("`{spec}` as one of the sources"));
                 return Err(RecipeErrors(vec![error]).into());
             }
@@ -402,7 +407,8 @@ impl Merge<'_, '_> {
         };
         let group = Group { out_dtype: self.recipe.out_dtype.unwrap_or(group.dtype), ..group };
         let weight = methods::merged(method, group).map_err(|reason| {
-            let mut error = self.recipe.place.error(format!("`{}` cannot be computed", method.name));
+            let mut error =
+                self.recipe.place.error(format!("`{}` cannot be computed", method.name));
             error.found = Some(format!("tensor `{output}`: {reason}"));
             RecipeErrors(vec![error])
         })?;
@@ -435,7 +441,12 @@ impl Merge<'_, '_> {
     }
 
     /// Values of the per-model parameters: source, slice, recipe, default; the first that is given.
-    fn own(&self, slice: &Planned, t: f64, names: &[String]) -> Result<Vec<Vec<f64>>, RecipeErrors> {
+    fn own(
+        &self,
+        slice: &Planned,
+        t: f64,
+        names: &[String],
+    ) -> Result<Vec<Vec<f64>>, RecipeErrors> {
         let mut all = Vec::new();
         for (i, (input, name)) in slice.inputs.iter().zip(names).enumerate() {
             let levels = [input.parameters, slice.parameters, Some(&self.recipe.parameters)];
@@ -470,7 +481,9 @@ impl Merge<'_, '_> {
         let what = format!("`{}` needs the parameter `{parameter}`", self.recipe.method.name);
         let mut error = place.error(what);
         error.found = Some(format!("no value for tensor `{tensor}`"));
-        error.hint = Some(format!("give `{parameter}` under `parameters:`, without a filter at the end of the list"));
+        error.hint = Some(format!(
+            "give `{parameter}` under `parameters:`, without a filter at the end of the list"
+        ));
         RecipeErrors(vec![error])
     }
 }

@@ -79,7 +79,12 @@ pub enum Scope {
     Global,
 }
 
-const fn number(name: &'static str, scope: Scope, default: Option<f64>, doc: &'static str) -> Parameter {
+const fn number(
+    name: &'static str,
+    scope: Scope,
+    default: Option<f64>,
+    doc: &'static str,
+) -> Parameter {
     Parameter { name, doc, scope, kind: ParameterKind::Number, default }
 }
 
@@ -293,7 +298,10 @@ impl<T> Default for Once<T> {
 }
 
 impl<T> Once<T> {
-    fn get(&self, find: impl FnOnce() -> Result<T, CheckpointError>) -> Result<&T, CheckpointError> {
+    fn get(
+        &self,
+        find: impl FnOnce() -> Result<T, CheckpointError>,
+    ) -> Result<&T, CheckpointError> {
         if let Some(value) = self.value.get() {
             return Ok(value);
         }

@@ -71,7 +71,8 @@ pub fn parse(text: &str, path: &Path) -> Result<Recipe, RecipeErrors> {
 
 /// A recipe, at the top of a file or nested in another one.
 fn recipe(reader: &mut Reader, node: &Node, path: &str) -> Option<Recipe> {
-    let expected = "a MoE recipe with `base_model` and `experts`, or a dense merge with `merge_method`";
+    let expected =
+        "a MoE recipe with `base_model` and `experts`, or a dense merge with `merge_method`";
     let Value::Map(entries) = &node.value else {
         reader.wrong(node, path, expected);
         if path.is_empty()
@@ -94,7 +95,8 @@ fn recipe(reader: &mut Reader, node: &Node, path: &str) -> Option<Recipe> {
         (false, false) => {
             // Take the kind of recipe that most keys, or keys almost so named, belong to.
             let score = |keys: &[Key]| {
-                let near = |text: &str| reader::nearest(text, keys.iter().map(|k| k.name)).is_some();
+                let near =
+                    |text: &str| reader::nearest(text, keys.iter().map(|k| k.name)).is_some();
                 entries.iter().filter(|(k, _)| near(&k.text)).count()
             };
             match (score(schema::MOE), score(schema::DENSE)) {

@@ -399,8 +399,9 @@ impl Reader {
             let what = format!("an expert has no prompts, which `gate_mode: {gate_mode}` needs");
             let error = self.error(expert.place.at, &expert.place.path, what);
             error.expected = Some("`positive_prompts` or a `prompts_file`".into());
-            error.hint =
-                Some("a few texts of the kind this expert is for; `gate_mode: random` needs none".into());
+            error.hint = Some(
+                "a few texts of the kind this expert is for; `gate_mode: random` needs none".into(),
+            );
         }
         let all: Option<Vec<_>> = experts.iter().map(Option::as_ref).collect();
         let Some(all) = all else { return };
@@ -492,14 +493,14 @@ impl Reader {
         if !matches!(node.value, Value::Map(_)) {
             let name = self.one_of(node, &path, &["base", "average"])?;
             let weights = Parameters::from([("weight", Setting::constant(1.0))]);
-            let average = || recipe(methods::by_name("linear")?, None, inputs(), weights, None).into();
+            let average =
+                || recipe(methods::by_name("linear")?, None, inputs(), weights, None).into();
             return if name == "base" { Some(Attention::Base) } else { average() };
         }
         let object = self.object(node, &path, schema::ATTENTION, "a dense merge block")?;
         let method = self.method(&object);
         let own = self.source_at(&object, "base_model");
-        let mut parameters =
-            self.parameters(&object, method, super::dense::Level::Shared);
+        let mut parameters = self.parameters(&object, method, super::dense::Level::Shared);
         let models = self.models(&object, method);
         let dtype = self.dtype_at(&object, "dtype");
         let method = method?;

@@ -50,12 +50,7 @@ impl Reader {
     }
 
     /// Records a mistake; the caller fills in what was expected, found, and the hint.
-    pub fn error(
-        &mut self,
-        at: Location,
-        path: &str,
-        what: impl Into<String>,
-    ) -> &mut RecipeError {
+    pub fn error(&mut self, at: Location, path: &str, what: impl Into<String>) -> &mut RecipeError {
         self.errors.push(RecipeError {
             what: what.into(),
             file: self.file.clone(),
@@ -106,7 +101,9 @@ impl Reader {
                     error.hint = nearest(&key.text, known.iter().copied())
                         .map(|n| format!("did you mean `{n}`?"));
                 }
-                Some(Key { availability: Availability::Later { unless_false, reason }, .. }) => {
+                Some(Key {
+                    availability: Availability::Later { unless_false, reason }, ..
+                }) => {
                     let off = matches!(value.value, Value::Null)
                         || *unless_false && matches!(value.value, Value::Bool(false));
                     if !off {
@@ -190,12 +187,7 @@ impl Reader {
         }
     }
 
-    pub fn list<'a>(
-        &mut self,
-        node: &'a Node,
-        path: &str,
-        expected: &str,
-    ) -> Option<&'a [Node]> {
+    pub fn list<'a>(&mut self, node: &'a Node, path: &str, expected: &str) -> Option<&'a [Node]> {
         match &node.value {
             Value::List(items) => Some(items),
             _ => {

@@ -130,27 +130,46 @@ pub const EXPERT: &[Key] = &[
     key("name", Shape::Text, "shown in reports").default("the last part of the source's path"),
     key("positive_prompts", Shape::Texts, "texts that this expert should get").default("none"),
     key("negative_prompts", Shape::Texts, "texts that it should not get").default("none"),
-    key("prompts_file", Shape::Text, "more positive prompts: blocks of text divided by blank lines, or JSON lines with `text`").default("none"),
-    key("layers", Shape::Range, "only in these layers; the base's MLP elsewhere").default("all layers"),
-    key("noise_scale", Shape::Scale, "standard deviation of noise added to its matrices").default("0"),
+    key(
+        "prompts_file",
+        Shape::Text,
+        "more positive prompts: blocks of text divided by blank lines, or JSON lines with `text`",
+    )
+    .default("none"),
+    key("layers", Shape::Range, "only in these layers; the base's MLP elsewhere")
+        .default("all layers"),
+    key("noise_scale", Shape::Scale, "standard deviation of noise added to its matrices")
+        .default("0"),
     key("residual_scale", Shape::Scale, "factor on its down projection").default("1"),
 ];
 
 /// A dense merge recipe.
 pub const DENSE: &[Key] = &[
     key("merge_method", Shape::Name(methods), "the method").required(),
-    key("base_model", Shape::Source, "the model that task vectors are taken against").default("none; the first model gives config and tokenizer"),
-    key("models", Shape::Objects("model"), "whole models; exactly one of `models` and `slices`").default("none"),
-    key("slices", Shape::Objects("slice"), "layers of models, one slice after the other").default("none"),
-    key("parameters", Shape::Parameters, "parameters for all models and layers").default("the method's own"),
+    key("base_model", Shape::Source, "the model that task vectors are taken against")
+        .default("none; the first model gives config and tokenizer"),
+    key("models", Shape::Objects("model"), "whole models; exactly one of `models` and `slices`")
+        .default("none"),
+    key("slices", Shape::Objects("slice"), "layers of models, one slice after the other")
+        .default("none"),
+    key("parameters", Shape::Parameters, "parameters for all models and layers")
+        .default("the method's own"),
     key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
     key("out_dtype", Shape::Dtype, "dtype of the output").default("`dtype`"),
-    key("tokenizer_source", Shape::Name(|| vec!["base", "union"]), "accepted while all tokenizers are the same file").default("the tokenizer of `base_model`, else of the first model"),
+    key(
+        "tokenizer_source",
+        Shape::Name(|| vec!["base", "union"]),
+        "accepted while all tokenizers are the same file",
+    )
+    .default("the tokenizer of `base_model`, else of the first model"),
     key("name", Shape::Text, "shown in reports").default("none"),
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
-    key("tokenizer", Shape::Any, "a new vocabulary").later(true, "models with one common vocabulary need none of it"),
-    key("chat_template", Shape::Any, "a new chat template").later(true, "the chat template of the base model is carried over; edit it in the output"),
-    key("modules", Shape::Any, "parts of models that have several").later(true, "use `models` or `slices`"),
+    key("tokenizer", Shape::Any, "a new vocabulary")
+        .later(true, "models with one common vocabulary need none of it"),
+    key("chat_template", Shape::Any, "a new chat template")
+        .later(true, "the chat template of the base model is carried over; edit it in the output"),
+    key("modules", Shape::Any, "parts of models that have several")
+        .later(true, "use `models` or `slices`"),
 ];
 
 /// A model of a dense merge recipe.
@@ -164,7 +183,8 @@ pub const SLICE: &[Key] = &[
     key("sources", Shape::Objects("slice_source"), "the layers that are merged").required(),
     key("base_model", Shape::Source, "another base for this slice").default("the recipe's"),
     key("parameters", Shape::Parameters, "parameters for this slice").default("the recipe's"),
-    key("residual_weight", Shape::Any, "has no meaning").later(true, "mergekit reads it and does nothing with it; remove it"),
+    key("residual_weight", Shape::Any, "has no meaning")
+        .later(true, "mergekit reads it and does nothing with it; remove it"),
 ];
 
 /// A source of an output slice.
@@ -177,9 +197,11 @@ pub const SLICE_SOURCE: &[Key] = &[
 /// A dense merge block under `attention:`.
 pub const ATTENTION: &[Key] = &[
     key("merge_method", Shape::Name(methods), "the method").required(),
-    key("base_model", Shape::Source, "the model that task vectors are taken against").default("the recipe's `base_model`, for methods that need one"),
+    key("base_model", Shape::Source, "the model that task vectors are taken against")
+        .default("the recipe's `base_model`, for methods that need one"),
     key("models", Shape::Objects("model"), "the models").default("all experts"),
-    key("parameters", Shape::Parameters, "parameters for all models and layers").default("the method's own; `weight: 1`"),
+    key("parameters", Shape::Parameters, "parameters for all models and layers")
+        .default("the method's own; `weight: 1`"),
     key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
 ];
 
@@ -189,7 +211,8 @@ pub const SOURCE: &[Key] = &[
     key("revision", Shape::Text, "Hub revision").default("main"),
     key("lora", Shape::Any, "PEFT adapter on top").default("none"),
     key("lora_revision", Shape::Text, "Hub revision of the adapter").default("main"),
-    key("override_architecture", Shape::Any, "another class name").later(false, "the architecture is read from the model's config.json"),
+    key("override_architecture", Shape::Any, "another class name")
+        .later(false, "the architecture is read from the model's config.json"),
 ];
 
 /// `{path, revision}` inside the object form.

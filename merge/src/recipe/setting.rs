@@ -146,7 +146,8 @@ mod tests {
     #[test]
     fn gradients_are_interpolated() {
         let g = setting(ParameterKind::Number, &[(None, &[0.0, 0.5, 1.0, 0.0])]);
-        let at: Vec<_> = [0.0, 1.0 / 3.0, 0.5, 1.0].iter().map(|t| g.at(*t, "x").unwrap()).collect();
+        let at: Vec<_> =
+            [0.0, 1.0 / 3.0, 0.5, 1.0].iter().map(|t| g.at(*t, "x").unwrap()).collect();
         assert_eq!(at, [0.0, 0.5, 0.75, 0.0]);
         let flags = setting(ParameterKind::Bool, &[(None, &[1.0, 0.0])]);
         assert_eq!(flags.at(0.9, "x"), Some(1.0));

@@ -128,12 +128,8 @@ impl Reader {
         if lower.ends_with(".yaml") || lower.ends_with(".yml") {
             return Some(SourceKind::File(PathBuf::from(text)));
         }
-        let whole = SourceRef {
-            model: text.to_owned(),
-            revision: None,
-            lora: None,
-            lora_revision: None,
-        };
+        let whole =
+            SourceRef { model: text.to_owned(), revision: None, lora: None, lora_revision: None };
         // A folder whose name holds `+` or `@` is that folder, also relative to the recipe.
         if self.dir.join(text).exists() {
             return Some(SourceKind::Model(whole));
