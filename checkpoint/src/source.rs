@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::adapter;
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
 use crate::file;
 use crate::folder;
+use crate::gguf;
 use crate::hub::{self, Hub, RepoKind};
+use crate::layout;
 use crate::shard::OtherTensor;
 use crate::source_ref::SourceRef;
 use crate::weight::WeightRef;
@@ -119,22 +122,15 @@ impl Source {
     /// The three steps of opening: the file format, the layout of its experts, the adapter on top.
     fn assemble(model: &Path, adapter: Option<&Path>) -> Result<Self, CheckpointError> {
         let is_gguf = model.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        let opened = if is_gguf && model.is_file() {
-            return Err(CheckpointError::Unsupported {
-                what: "GGUF files cannot be read yet".into(),
-                file: model.to_owned(),
-                hint: "take a folder of safetensors".into(),
-            });
+        let mut opened = if is_gguf && model.is_file() {
+            gguf::open(model)?
         } else {
             Self::open_folder(model)?
         };
+        opened.tensors = layout::canonical(opened.tensors, &opened.config)?;
         match adapter {
             None => Ok(opened),
-            Some(folder) => Err(CheckpointError::Unsupported {
-                what: "adapters cannot be applied yet".into(),
-                file: folder.to_owned(),
-                hint: "merge the adapter into a copy of the model".into(),
-            }),
+            Some(folder) => adapter::apply(opened, folder),
         }
     }
 

@@ -17,18 +17,19 @@
 
 #![forbid(unsafe_code)]
 
-mod dense;
-mod error;
-pub mod methods;
-pub mod recipe;
-mod sources;
+pub mod build;
 pub mod card;
 mod compose;
 pub mod config_out;
+mod dense;
 mod error;
+pub mod evaluate;
 pub mod families;
+pub mod gates;
+pub mod methods;
 pub mod plan;
 pub mod recipe;
+mod sources;
 pub mod write;
 
 pub use dense::dense;

@@ -1,0 +1,594 @@
+//! From a recipe to a published folder: sources, plan, gates, files, and what came of it.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
+use moe_merge_checkpoint::write::Watch;
+use moe_merge_checkpoint::{Source, SourceRef};
+use moe_merge_model::Tokenizer;
+use moe_merge_router::Method;
+use serde::Serialize;
+
+use crate::card::Dialect;
+use crate::error::MergeError;
+use crate::evaluate::{Domain, Evaluation, evaluate};
+use crate::families::{self, Layout, Request, SharedGate};
+use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::plan::{Assembly, ExpertInput, Gates, Plan};
+use crate::recipe::{Attention, DenseRecipe, Expert, MoeRecipe, Place, RecipeErrors};
+use crate::write::{Provenance, write, write_dense};
+use crate::{dense, sources};
+
+/// What a person asks for beside the recipe.
+#[derive(Debug, Clone)]
+pub struct BuildOptions {
+    /// Folder to write, instead of the one that the recipe names.
+    pub out: Option<PathBuf>,
+    /// What to do if it is there.
+    pub replace: Replace,
+    /// How experts lie on disk.
+    pub layout: Layout,
+    /// Raised to stop.
+    pub interrupt: Interrupt,
+}
+
+/// A part of a build that takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Computing gates, counted in layers.
+    Gates,
+    /// Writing, counted in bytes.
+    Write,
+    /// Scoring evaluation text, counted in tokens.
+    Evaluate,
+}
+
+/// Told how far a build is; called from several threads.
+pub trait Observer: Sync {
+    /// A stage begins, with `total` of its units to do.
+    fn stage(&self, stage: Stage, total: u64);
+
+    /// So many units more are done.
+    fn advance(&self, units: u64);
+}
+
+/// What a build did.
+#[derive(Debug, Clone, Serialize)]
+pub struct BuildReport {
+    /// The folder.
+    pub output: PathBuf,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// `model_type` of the result.
+    pub family: String,
+    /// Names of the experts, in order.
+    pub experts: Vec<String>,
+    /// Experts that each token visits.
+    pub experts_per_token: usize,
+    /// How the routers were made.
+    pub gate_mode: String,
+    /// Tokens in all prompts.
+    pub prompt_tokens: usize,
+    /// Forecast from held-out prompts, for learned gates.
+    pub forecast: Option<moe_merge_router::report::RoutingReport>,
+    /// Perplexities and loads, if the recipe gives evaluation text.
+    pub evaluation: Option<Evaluation>,
+    /// Seconds spent on opening and checking sources, on gates, on writing, on evaluation.
+    pub seconds: Seconds,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// Where the time of a build went.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Seconds {
+    /// Opening and checking.
+    pub open: f64,
+    /// Prompts through the base, and fitting.
+    pub gates: f64,
+    /// Writing and publishing.
+    pub write: f64,
+    /// Evaluation.
+    pub evaluate: f64,
+}
+
+/// A MoE recipe whose sources are open and checked: everything that can be found wrong without computing has been.
+#[derive(Debug)]
+pub struct Prepared {
+    assembly: Assembly,
+    plan: Plan,
+    estimator: &'static moe_merge_router::Estimator,
+    experts: Vec<TokenPrompts>,
+    shared: Vec<TokenPrompts>,
+    /// The base as it is, where the output's attention is not its own.
+    plain_base: Option<Source>,
+    /// Which experts are the base itself.
+    same_as_base: Vec<bool>,
+    domains: Vec<Domain>,
+    bos: bool,
+    target: PathBuf,
+    provenance: Provenance,
+    options: BuildOptions,
+    opened: f64,
+}
+
+/// The recipe as a file.
+#[derive(Debug, Clone, Copy)]
+pub struct RecipeText<'a> {
+    /// Where it is: its folder is where relative paths start.
+    pub path: &'a Path,
+    /// What is in it.
+    pub text: &'a str,
+}
+
+impl RecipeText<'_> {
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+
+    /// `--out`, else the recipe's `output:`, else `merged/<recipe name>`, all from the current folder.
+    fn target(&self, out: Option<&PathBuf>, output: Option<&PathBuf>) -> PathBuf {
+        let default = || {
+            let stem = self.path.file_stem().map_or("model".into(), |s| s.to_string_lossy());
+            Path::new("merged").join(stem.as_ref())
+        };
+        out.or(output).cloned().unwrap_or_else(default)
+    }
+}
+
+impl Prepared {
+    /// Opens and checks everything that `recipe` names. Nothing is written.
+    ///
+    /// # Errors
+    /// [`MergeError`]: sources that cannot be read or do not go together, prompts that are longer than the context,
+    /// evaluation text that cannot be read.
+    pub fn new(
+        recipe: &MoeRecipe,
+        text: RecipeText<'_>,
+        options: BuildOptions,
+    ) -> Result<Self, MergeError> {
+        let start = Instant::now();
+        let dir = text.folder();
+        let plain = sources::open(&recipe.base_model, dir)?;
+        let experts = inputs(&recipe.experts, dir)?;
+        let shared = inputs(&recipe.shared_experts, dir)?;
+        let (base, plain_base) = match &recipe.attention {
+            Attention::Base => (plain, None),
+            Attention::Merge(merge) => (with_attention(&plain, merge, dir)?, Some(plain)),
+        };
+        let estimator = moe_merge_router::find(recipe.gate_mode.name())
+            .map_err(|e| recipe.place.error(e.to_string()))
+            .map_err(|e| RecipeErrors(vec![e]))?;
+        let prompted = recipe.shared_experts.iter().any(|e| !e.positive_prompts.is_empty());
+        let drawn = matches!(estimator.method, Method::Seed(_));
+        let shared_gate = match shared.is_empty() || !(prompted || drawn) {
+            true => SharedGate::Absent,
+            false => SharedGate::Computed,
+        };
+        let request = Request {
+            base: &base,
+            experts: experts.iter().map(|e| &e.source).collect(),
+            shared: shared.iter().map(|e| &e.source).collect(),
+            shared_gate,
+        };
+        let wanted: Vec<&str> = recipe.architecture.iter().map(|a| a.name()).collect();
+        let family = families::select(&wanted, &request)?;
+        if !recipe.base_tokenizer {
+            check_tokenizers(recipe, &base, &experts)?;
+        }
+        let assembly = Assembly {
+            base,
+            experts,
+            shared,
+            shared_gate,
+            top_k: recipe.experts_per_token,
+            dtype: recipe.dtype,
+            family,
+            layout: options.layout,
+            seed: recipe.seed,
+        };
+        let plan = Plan::new(&assembly)?;
+        let tokenizer = Tokenizers { base: &assembly.base, opened: None };
+        let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)?;
+        let base = &recipe.base_model;
+        Ok(Self {
+            plan,
+            estimator,
+            experts: prompts.experts,
+            shared: prompts.shared,
+            bos: prompts.bos,
+            plain_base,
+            same_as_base: recipe.experts.iter().map(|e| unchanged(e, base)).collect(),
+            domains: Domain::read_all(&recipe.evaluation, dir)?,
+            target: text.target(options.out.as_ref(), recipe.output.as_ref()),
+            provenance: Provenance {
+                recipe: Some(text.text.to_owned()),
+                dialect: Dialect::of(text.text),
+                gate_mode: Some(recipe.gate_mode.name().into()),
+                seed: recipe.seed,
+                ..Provenance::default()
+            },
+            assembly,
+            options,
+            opened: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// What will be written.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What it is made of.
+    pub fn assembly(&self) -> &Assembly {
+        &self.assembly
+    }
+
+    /// Where it will be written.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Tokens in all prompts.
+    pub fn prompt_tokens(&self) -> usize {
+        self.experts.iter().chain(&self.shared).map(TokenPrompts::tokens).sum()
+    }
+
+    /// Computes the gates, writes, publishes, evaluates.
+    ///
+    /// # Errors
+    /// [`MergeError`]; then there is no output, unless evaluating failed after it was published.
+    pub fn build(mut self, observer: &dyn Observer) -> Result<BuildReport, MergeError> {
+        let staging = Staging::new(&self.target, self.options.replace)?;
+        staging.need(self.plan.disk_bytes)?;
+        self.provenance.name =
+            self.target.file_name().map_or("moe".into(), |n| n.to_string_lossy().into_owned());
+        let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
+
+        let clock = Instant::now();
+        let routers = self.gates(observer)?;
+        self.provenance.report = forecast_lines(&routers, &self.names());
+        seconds.gates = clock.elapsed().as_secs_f64();
+
+        let clock = Instant::now();
+        let total = self.plan.tensors.iter().map(|t| t.size()).sum();
+        observer.stage(Stage::Write, total);
+        let progress = |bytes| observer.advance(bytes);
+        let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
+        let gates = Gates {
+            layers: routers.layers.into_iter().map(|g| g.rows).collect(),
+            shared: (!routers.shared.is_empty())
+                .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
+        };
+        let written =
+            write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
+        let output = staging.publish()?;
+        seconds.write = clock.elapsed().as_secs_f64();
+
+        let clock = Instant::now();
+        let evaluation = self.evaluate(&output, observer)?;
+        seconds.evaluate = clock.elapsed().as_secs_f64();
+
+        let mut warnings = std::mem::take(&mut self.plan.warnings);
+        warnings.extend(routers.notes);
+        warnings.extend(degenerate_line(&routers.degenerate));
+        Ok(BuildReport {
+            output,
+            bytes: written.bytes,
+            family: self.assembly.family.name().into(),
+            experts: self.names(),
+            experts_per_token: self.assembly.top_k,
+            gate_mode: self.estimator.name.into(),
+            prompt_tokens: self.prompt_tokens(),
+            forecast: routers.forecast,
+            evaluation,
+            seconds,
+            warnings,
+        })
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.assembly.experts.iter().map(|e| e.name.clone()).collect()
+    }
+
+    fn gates(&self, observer: &dyn Observer) -> Result<Routers, MergeError> {
+        observer.stage(Stage::Gates, self.plan.shape.dims.layers as u64);
+        let request = GateRequest {
+            base: &self.assembly.base,
+            estimator: self.estimator,
+            experts: &self.experts,
+            shared: &self.shared,
+            top_k: self.assembly.top_k,
+            seed: self.assembly.seed,
+            bos: self.bos,
+            interrupt: &self.options.interrupt,
+        };
+        gates::compute(&request, &mut |_| observer.advance(1))
+    }
+
+    fn evaluate(
+        &self,
+        output: &Path,
+        observer: &dyn Observer,
+    ) -> Result<Option<Evaluation>, MergeError> {
+        if self.domains.is_empty() {
+            return Ok(None);
+        }
+        let moe = SourceRef {
+            model: output.display().to_string(),
+            revision: None,
+            lora: None,
+            lora_revision: None,
+        };
+        let moe = Source::open(&moe, Path::new(""))?;
+        let base = self.plain_base.as_ref().unwrap_or(&self.assembly.base);
+        let mut models = vec![("base".to_owned(), Some(base))];
+        for (expert, &same) in self.assembly.experts.iter().zip(&self.same_as_base) {
+            models.push((expert.name.clone(), (!same).then_some(&expert.source)));
+        }
+        let tokenizer = Tokenizer::from_source(&moe)?;
+        let mut tokens = 0;
+        for domain in &self.domains {
+            tokens += tokenizer.encode(&domain.text)?.len();
+        }
+        let passes = 1 + models.iter().filter(|(_, source)| source.is_some()).count();
+        observer.stage(Stage::Evaluate, (tokens * passes) as u64);
+        let interrupt = &self.options.interrupt;
+        let mut done = |tokens| observer.advance(tokens as u64);
+        evaluate(&models, &moe, &self.domains, interrupt, &mut done).map(Some)
+    }
+}
+
+/// Opens the sources of experts.
+fn inputs(experts: &[Expert], dir: &Path) -> Result<Vec<ExpertInput>, MergeError> {
+    experts
+        .iter()
+        .map(|expert| {
+            Ok(ExpertInput {
+                source: sources::open(&expert.source, dir)?,
+                name: expert.label(),
+                layers: expert.layers.clone(),
+                noise_scale: expert.noise_scale,
+                residual_scale: expert.residual_scale,
+            })
+        })
+        .collect()
+}
+
+/// Whether an expert is the base, unchanged.
+fn unchanged(expert: &Expert, base: &crate::recipe::SourceSpec) -> bool {
+    expert.source.same_as(base) && expert.noise_scale == 0.0 && expert.residual_scale == 1.0
+}
+
+/// The base with the tensors outside its MLPs taken from a dense merge.
+fn with_attention(base: &Source, merge: &DenseRecipe, dir: &Path) -> Result<Source, MergeError> {
+    let merged = dense::dense(merge, dir)?;
+    let mut mixed = base.clone();
+    for (name, weight) in &mut mixed.tensors {
+        if !name.contains(".mlp.")
+            && let Some(other) = merged.tensors.get(name)
+        {
+            other.expect_shape(weight.shape(), "as in the base model")?;
+            *weight = other.clone();
+        }
+    }
+    mixed.files.extend(merged.files.iter().filter(|f| !base.files.contains(f)).cloned());
+    Ok(mixed)
+}
+
+/// The base's tokenizer, opened when it is first needed.
+struct Tokenizers<'a> {
+    base: &'a Source,
+    opened: Option<Tokenizer>,
+}
+
+impl Tokenizers<'_> {
+    fn get(&mut self) -> Result<&Tokenizer, MergeError> {
+        if self.opened.is_none() {
+            self.opened = Some(Tokenizer::from_source(self.base)?);
+        }
+        Ok(self.opened.as_ref().expect("just opened"))
+    }
+}
+
+/// Refuses experts whose token ids mean something else than the base's: they would read another text.
+fn check_tokenizers(
+    recipe: &MoeRecipe,
+    base: &Source,
+    experts: &[ExpertInput],
+) -> Result<(), MergeError> {
+    let Some(own) = base.side_file("tokenizer.json") else { return Ok(()) };
+    let own = own.read()?;
+    let mut tokenizer = Tokenizers { base, opened: None };
+    for (expert, described) in experts.iter().zip(&recipe.experts) {
+        let Some(file) = expert.source.side_file("tokenizer.json") else { continue };
+        if file.read()? == own {
+            continue;
+        }
+        let other = Tokenizer::from_source(&expert.source)?;
+        if let Some(difference) = tokenizer.get()?.differences(&other) {
+            return Err(MergeError::Incompatible {
+                what: "base and expert have different vocabularies".into(),
+                first: base.label.clone(),
+                second: expert.source.label.clone(),
+                expected: "the same text for every token id".into(),
+                found: difference.to_string(),
+                hint: "`tokenizer: base` in the recipe says that the base's vocabulary serves all: right when the \
+                       expert was trained with the base's token ids"
+                    .into(),
+                recipe: Some(described.source.place.to_string()),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The prompts of a recipe as token ids.
+struct Prompts {
+    experts: Vec<TokenPrompts>,
+    shared: Vec<TokenPrompts>,
+    bos: bool,
+}
+
+impl Prompts {
+    fn encode(
+        recipe: &MoeRecipe,
+        method: Method,
+        shared_gate: SharedGate,
+        mut tokenizer: Tokenizers<'_>,
+    ) -> Result<Self, MergeError> {
+        if matches!(method, Method::Seed(_)) {
+            // Only the number of experts counts.
+            let none = |n| vec![TokenPrompts::default(); n];
+            let shared = if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
+            return Ok(Self { experts: none(recipe.experts.len()), shared: none(shared), bos: false });
+        }
+        let context = tokenizer.base.config.usize("max_position_embeddings").unwrap_or(usize::MAX);
+        let tokenizer = tokenizer.get()?;
+        let bos = tokenizer.bos();
+        let tokens = |text: &String, place: &Place, which: &str, i: usize| {
+            let ids: Vec<u32> = bos.into_iter().chain(tokenizer.encode(text)?).collect();
+            if ids.len() <= context {
+                return Ok(ids);
+            }
+            let mut error = place.error("a prompt is longer than the context of the base model");
+            error.path = format!("{}.{which}[{i}]", error.path);
+            error.expected = Some(format!("at most {context} tokens"));
+            error.found = Some(format!("{} tokens", ids.len()));
+            error.hint = Some("split it into several prompts".into());
+            Err(MergeError::from(RecipeErrors(vec![error])))
+        };
+        let all = |texts: &[String], place: &Place, which: &str| {
+            let numbered = texts.iter().enumerate();
+            numbered.map(|(i, t)| tokens(t, place, which, i)).collect::<Result<Vec<_>, _>>()
+        };
+        let of = |expert: &Expert| {
+            Ok(TokenPrompts {
+                positive: all(&expert.positive_prompts, &expert.place, "positive_prompts")?,
+                negative: all(&expert.negative_prompts, &expert.place, "negative_prompts")?,
+            })
+        };
+        let experts = recipe.experts.iter().map(of).collect::<Result<_, MergeError>>()?;
+        let shared = match shared_gate {
+            SharedGate::Computed => {
+                recipe.shared_experts.iter().map(of).collect::<Result<_, MergeError>>()?
+            }
+            SharedGate::Absent => Vec::new(),
+        };
+        Ok(Self { experts, shared, bos: bos.is_some() })
+    }
+}
+
+/// What the model card says about the routers.
+fn forecast_lines(routers: &Routers, names: &[String]) -> Vec<String> {
+    let Some(forecast) = &routers.forecast else { return Vec::new() };
+    let mut lines = vec![
+        "| expert | own held-out tokens routed to it | among its top-k | predicted load |".to_owned(),
+        "|---|---|---|---|".to_owned(),
+    ];
+    let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s));
+    for (name, expert) in names.iter().zip(&forecast.experts) {
+        lines.push(format!(
+            "| {name} | {} | {} | {} |",
+            percent(expert.accuracy),
+            percent(expert.coverage),
+            percent(Some(expert.load))
+        ));
+    }
+    lines
+}
+
+/// mergekit's warning about gates whose rows point nearly the same way, all layers in one line.
+fn degenerate_line(layers: &[moe_merge_router::report::DegenerateGate]) -> Option<String> {
+    let worst = layers.iter().max_by(|a, b| a.condition.total_cmp(&b.condition))?;
+    Some(format!(
+        "the gate rows of {} layers point nearly the same way (worst: layer {}, condition number {:.1}); \
+         `gate_mode: auto` does not have this weakness",
+        layers.len(),
+        worst.layer,
+        worst.condition
+    ))
+}
+
+/// What a dense build did.
+#[derive(Debug, Clone, Serialize)]
+pub struct DenseReport {
+    /// The folder.
+    pub output: PathBuf,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// The merge method.
+    pub method: String,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// A dense merge whose sources are open and checked.
+#[derive(Debug)]
+pub struct PreparedDense {
+    source: Source,
+    /// Where it will be written.
+    pub target: PathBuf,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    method: &'static str,
+    dtype: Option<moe_merge_checkpoint::Dtype>,
+    provenance: Provenance,
+    options: BuildOptions,
+}
+
+impl PreparedDense {
+    /// Opens and checks everything that `recipe` names. Nothing is computed.
+    ///
+    /// # Errors
+    /// [`MergeError`] as [`dense::dense`].
+    pub fn new(
+        recipe: &DenseRecipe,
+        text: RecipeText<'_>,
+        options: BuildOptions,
+    ) -> Result<Self, MergeError> {
+        let source = dense::dense(recipe, text.folder())?;
+        let dtype = recipe.out_dtype.or(recipe.dtype);
+        let size = |w: &moe_merge_checkpoint::WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
+        Ok(Self {
+            bytes: source.tensors.values().map(size).sum(),
+            target: text.target(options.out.as_ref(), recipe.output.as_ref()),
+            method: recipe.method.name,
+            dtype,
+            provenance: Provenance {
+                recipe: Some(text.text.to_owned()),
+                dialect: Dialect::MergekitYaml,
+                ..Provenance::default()
+            },
+            source,
+            options,
+        })
+    }
+
+    /// Computes, writes, publishes.
+    ///
+    /// # Errors
+    /// [`MergeError`]; then there is no output.
+    pub fn build(mut self, observer: &dyn Observer) -> Result<DenseReport, MergeError> {
+        let clock = Instant::now();
+        let staging = Staging::new(&self.target, self.options.replace)?;
+        self.provenance.name =
+            self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
+        observer.stage(Stage::Write, self.bytes);
+        let progress = |bytes| observer.advance(bytes);
+        let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
+        let inputs = vec![("merged".to_owned(), &self.source)];
+        let written =
+            write_dense(&self.source, &inputs, self.dtype, &self.provenance, &staging, watch)?;
+        Ok(DenseReport {
+            output: staging.publish()?,
+            bytes: written.bytes,
+            method: self.method.into(),
+            seconds: clock.elapsed().as_secs_f64(),
+            warnings: self.source.notes.clone(),
+        })
+    }
+}

@@ -1,0 +1,303 @@
+//! `RECIPE.yaml`: the main job.
+
+use std::sync::Mutex;
+
+use moe_merge_checkpoint::publish::Replace;
+use moe_merge_checkpoint::CheckpointError;
+use moe_merge_merge::MergeError;
+use moe_merge_merge::build::{
+    BuildOptions, BuildReport, DenseReport, Observer, Prepared, PreparedDense, RecipeText, Stage,
+};
+use moe_merge_merge::evaluate::Evaluation;
+use moe_merge_merge::families::Layout;
+use moe_merge_merge::recipe::{self, Recipe};
+use serde_json::json;
+
+use crate::args::{self, BuildArgs, Common};
+use crate::exit::{self, Outcome};
+use crate::progress::{Progress, Unit};
+use crate::render::{self, Failure};
+
+/// Builds what the recipe says, or shows what would be built.
+pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
+    let bytes = std::fs::read(&args.recipe)
+        .map_err(|e| CheckpointError::io("reading the recipe", &args.recipe, e))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let text = RecipeText { path: &args.recipe, text: &text };
+    let options = BuildOptions {
+        out: args.output().cloned(),
+        replace: if args.force { Replace::Force } else { Replace::Never },
+        layout: match args.layout {
+            args::Layout::Hub => Layout::Hub,
+            args::Layout::Fused => Layout::Fused,
+        },
+        interrupt: exit::interrupt().clone(),
+    };
+    match recipe::parse(text.text, text.path).map_err(MergeError::from)? {
+        Recipe::Moe(recipe) => {
+            let prepared = Prepared::new(&recipe, text, options)?;
+            if args.dry_run {
+                return plan(&prepared, common);
+            }
+            let report = prepared.build(&Bars::new(common))?;
+            notes(&report.warnings, common);
+            match common.json {
+                true => render::json(&moe_json(&report)?)?,
+                false => render::out(&summary(&report))?,
+            }
+        }
+        Recipe::Dense(recipe) => {
+            let prepared = PreparedDense::new(&recipe, text, options)?;
+            if args.dry_run {
+                return dense_plan(&prepared, common);
+            }
+            let report = prepared.build(&Bars::new(common))?;
+            notes(&report.warnings, common);
+            match common.json {
+                true => render::json(&dense_json(&report)?)?,
+                false => render::out(&dense_summary(&report))?,
+            }
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+fn notes(warnings: &[String], common: &Common) {
+    if !common.quiet {
+        warnings.iter().for_each(|w| render::note(w));
+    }
+}
+
+/// A bar for each stage, one after the other.
+struct Bars {
+    bar: Mutex<Option<Progress>>,
+    quiet: bool,
+}
+
+impl Bars {
+    fn new(common: &Common) -> Self {
+        Self { bar: Mutex::new(None), quiet: common.quiet || common.json }
+    }
+}
+
+impl Observer for Bars {
+    fn stage(&self, stage: Stage, total: u64) {
+        let (unit, what) = match stage {
+            Stage::Gates => (Unit::Layers, "computing routers"),
+            Stage::Write => (Unit::Bytes, "writing"),
+            Stage::Evaluate => (Unit::Tokens, "scoring evaluation text"),
+        };
+        let bar = Progress::new(total, unit, self.quiet);
+        bar.doing(what);
+        *self.bar.lock().unwrap_or_else(|e| e.into_inner()) = Some(bar);
+    }
+
+    fn advance(&self, units: u64) {
+        if let Some(bar) = self.bar.lock().unwrap_or_else(|e| e.into_inner()).as_ref() {
+            bar.advance(units);
+        }
+    }
+}
+
+fn plan(prepared: &Prepared, common: &Common) -> Result<Outcome, Failure> {
+    let (plan, assembly) = (prepared.plan(), prepared.assembly());
+    notes(&plan.warnings, common);
+    if common.json {
+        let tensors: Vec<_> = plan
+            .tensors
+            .iter()
+            .map(|t| {
+                json!({
+                    "name": t.name, "shape": t.shape, "dtype": t.dtype.to_string(),
+                    "file": t.role.stem(), "from": t.from, "bytes": t.size(),
+                })
+            })
+            .collect();
+        render::json(&json!({
+            "version": 1,
+            "output": prepared.target(),
+            "family": assembly.family.name(),
+            "experts": assembly.experts.iter().map(|e| &e.name).collect::<Vec<_>>(),
+            "experts_per_token": assembly.top_k,
+            "disk_bytes": plan.disk_bytes,
+            "peak_memory_bytes": prepared.peak_memory(),
+            "prompt_tokens": prepared.prompt_tokens(),
+            "tensors": tensors,
+            "warnings": plan.warnings,
+        }))?;
+        return Ok(Outcome::Done);
+    }
+    let mut text = format!(
+        "{}  {}, {} experts, top-{}, {}\n\nfile                    tensors      bytes  from\n",
+        prepared.target().display(),
+        assembly.family.name(),
+        assembly.experts.len(),
+        assembly.top_k,
+        plan.dtype,
+    );
+    for group in plan.tensors.chunk_by(|a, b| a.role == b.role) {
+        let mut from: Vec<&str> = group.iter().map(|t| t.from.as_str()).collect();
+        from.sort_unstable();
+        from.dedup();
+        let bytes: u64 = group.iter().map(|t| t.size()).sum();
+        text += &format!(
+            "{:22}  {:>7}  {:>9}  {}\n",
+            group[0].role.stem(),
+            group.len(),
+            render::bytes(bytes),
+            from.join(", ")
+        );
+    }
+    text += &format!(
+        "\ndisk {}, peak memory about {}, {} prompt tokens; nothing was written\n",
+        render::bytes(plan.disk_bytes),
+        render::bytes(prepared.peak_memory()),
+        render::count(prepared.prompt_tokens()),
+    );
+    render::out(&text)?;
+    Ok(Outcome::Done)
+}
+
+fn dense_plan(prepared: &PreparedDense, common: &Common) -> Result<Outcome, Failure> {
+    match common.json {
+        true => render::json(
+            &json!({"version": 1, "output": prepared.target, "disk_bytes": prepared.bytes}),
+        )?,
+        false => render::out(&format!(
+            "{}  dense merge, {}; nothing was written\n",
+            prepared.target.display(),
+            render::bytes(prepared.bytes)
+        ))?,
+    }
+    Ok(Outcome::Done)
+}
+
+/// What was built, for a person.
+fn summary(report: &BuildReport) -> String {
+    let s = &report.seconds;
+    let mut text = format!(
+        "{}  {}, {} experts, top-{}, {} in {:.1} s (open {:.1}, routers {:.1}, write {:.1}, evaluate {:.1})\n",
+        report.output.display(),
+        report.family,
+        report.experts.len(),
+        report.experts_per_token,
+        render::bytes(report.bytes),
+        s.open + s.gates + s.write + s.evaluate,
+        s.open,
+        s.gates,
+        s.write,
+        s.evaluate,
+    );
+    if let Some(forecast) = &report.forecast {
+        let rows = report.experts.iter().zip(&forecast.experts).map(|(name, e)| {
+            let rival = e.rival.map_or("-".into(), |r| report.experts[r.other].clone());
+            let cells = [percent(e.accuracy), percent(e.coverage), percent(Some(e.load)), rival];
+            (name.clone(), cells.to_vec())
+        });
+        text += "\nrouter, on prompts it had not seen\n";
+        let top_k = format!("in its top-{}", report.experts_per_token);
+        text += &table(&["own tokens first", &top_k, "load", "nearest rival"], rows);
+        if !forecast.chance_layers.is_empty() {
+            text += &format!("  no better than chance: layers {:?}\n", forecast.chance_layers);
+        }
+        for pair in &forecast.indistinguishable {
+            let (a, b) = (&report.experts[pair.expert], &report.experts[pair.other]);
+            text += &format!("  `{a}` and `{b}` cannot be told apart by their prompts\n");
+        }
+    }
+    if let Some(evaluation) = &report.evaluation {
+        text += &evaluation_tables(evaluation, &report.experts);
+    }
+    text
+}
+
+fn evaluation_tables(evaluation: &Evaluation, experts: &[String]) -> String {
+    let rows = evaluation.routing.iter().map(|row| {
+        (row.domain.clone(), row.first.iter().map(|&share| percent(Some(share))).collect())
+    });
+    let columns: Vec<&str> = experts.iter().map(String::as_str).collect();
+    let mut text = "\nrouting of held-out text: share of tokens whose first choice is the expert, mean over layers\n".to_owned();
+    text += &table(&columns, rows);
+    let domains: Vec<&str> = evaluation.domains.iter().map(String::as_str).collect();
+    let rows = evaluation.models.iter().map(|model| {
+        (model.name.clone(), model.perplexity.iter().map(|p| format!("{p:.3}")).collect())
+    });
+    let recovered: Vec<Option<f64>> =
+        (0..domains.len()).map(|d| evaluation.recovered(d)).collect();
+    let any = recovered.iter().any(Option::is_some);
+    let last = any.then(|| {
+        ("recovered".to_owned(), recovered.into_iter().map(percent).collect::<Vec<_>>())
+    });
+    text += &format!("\nperplexity of held-out text, windows of {} tokens\n", evaluation.window);
+    text += &table(&domains, rows.chain(last));
+    if any {
+        text += "  recovered: share of what the expert of that name gains over the base\n";
+    }
+    text
+}
+
+/// Columns to the right of row names, aligned.
+fn table(columns: &[&str], rows: impl Iterator<Item = (String, Vec<String>)>) -> String {
+    let rows: Vec<_> = rows.collect();
+    let width = |text: &str| text.chars().count();
+    let first = rows.iter().map(|(name, _)| width(name)).max().unwrap_or(0);
+    let widths: Vec<usize> = columns
+        .iter()
+        .enumerate()
+        .map(|(i, c)| rows.iter().map(|(_, r)| width(&r[i])).chain([width(c)]).max().unwrap_or(0))
+        .collect();
+    let line = |name: &str, cells: &mut dyn Iterator<Item = &str>| {
+        let cells: String =
+            cells.zip(&widths).map(|(cell, w)| format!("  {cell:>w$}")).collect();
+        format!("  {name:first$}{cells}\n")
+    };
+    let mut text = line("", &mut columns.iter().copied());
+    for (name, cells) in &rows {
+        text += &line(name, &mut cells.iter().map(String::as_str));
+    }
+    text
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s))
+}
+
+fn dense_summary(report: &DenseReport) -> String {
+    format!(
+        "{}  {}, {} in {:.1} s\n",
+        report.output.display(),
+        report.method,
+        render::bytes(report.bytes),
+        report.seconds
+    )
+}
+
+fn versioned(report: serde_json::Result<serde_json::Value>) -> Result<serde_json::Value, Failure> {
+    let report = report.map_err(|e| Failure::Output(e.into()))?;
+    let mut document = json!({"version": 1});
+    if let (Some(document), serde_json::Value::Object(fields)) = (document.as_object_mut(), report) {
+        document.extend(fields);
+    }
+    Ok(document)
+}
+
+fn moe_json(report: &BuildReport) -> Result<serde_json::Value, Failure> {
+    versioned(serde_json::to_value(report))
+}
+
+fn dense_json(report: &DenseReport) -> Result<serde_json::Value, Failure> {
+    versioned(serde_json::to_value(report))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_line_up() {
+        let rows = [("a", ["1.5", "22 %"]), ("long", ["10.25", "-"])];
+        let rows = rows.map(|(n, r)| (n.to_owned(), r.map(str::to_owned).to_vec()));
+        let text = table(&["x", "share"], rows.into_iter());
+        assert_eq!(text, "            x  share\n  a       1.5   22 %\n  long  10.25      -\n");
+    }
+}
