@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_merge_checkpoint::weight::OwnedWeight;
-use moe_merge_checkpoint::{ConfigJson, Dtype, Source, Weight, WeightRef, adapter};
+use moe_merge_checkpoint::{ConfigJson, Dtype, Source, WeightRef, adapter};
 use moe_merge_testkit::{golden, shared};
 use proptest::prelude::*;
 
@@ -85,6 +85,61 @@ fn any_block_of_rows_has_the_same_bits() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn experts_packed_by_old_peft_give_the_same_weights() {
+    const EXPERTS: usize = 3;
+    const RANK: usize = 2;
+    let stored = golden::load(&data("packed_experts/adapter_model.safetensors"));
+    let mut old: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, tensor) in &stored {
+        let experts = name.contains("experts");
+        let twin =
+            if name.contains("lora_A") { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
+        let from = &stored[&if experts { name.replace(twin.0, twin.1) } else { name.clone() }];
+        let (rows, cols) = (from.shape[0], from.shape[1]);
+        // Old A has row e·r + j where new B has column j·E + e, and the other way round.
+        let value = |e: usize, j: usize, i: usize| match name.contains("lora_A") {
+            true => from.values[i * cols + j * EXPERTS + e],
+            false => from.values[(e * RANK + j) * cols + i],
+        };
+        let (shape, values): (Vec<usize>, Vec<f64>) = match (experts, name.contains("lora_A")) {
+            (false, _) => (tensor.shape.clone(), tensor.values.clone()),
+            (true, true) => (
+                vec![cols, rows],
+                (0..cols * rows)
+                    .map(|k| value(k / rows / RANK, k / rows % RANK, k % rows))
+                    .collect(),
+            ),
+            (true, false) => (
+                vec![cols, rows],
+                (0..cols * rows)
+                    .map(|k| value(k % rows % EXPERTS, k % rows / EXPERTS, k / rows))
+                    .collect(),
+            ),
+        };
+        let bytes = values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect();
+        old.push((name.clone(), shape, bytes));
+    }
+    let views = old.iter().map(|(name, shape, bytes)| {
+        let f32 = safetensors::Dtype::F32;
+        (name, safetensors::tensor::TensorView::new(f32, shape.clone(), bytes).unwrap())
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(dir.path().join("adapter_model.safetensors"), bytes).unwrap();
+    std::fs::copy(
+        data("packed_experts/adapter_config.json"),
+        dir.path().join("adapter_config.json"),
+    )
+    .unwrap();
+    let after = adapter::apply(base("mixtral"), dir.path()).unwrap();
+    for (name, expected) in golden::load(&data("packed_experts/merged.safetensors")) {
+        let off =
+            golden::relative_difference(&after.tensors[&name].to_f32().unwrap(), &expected.values);
+        assert!(off <= RELATIVE, "{name} is off by {off:e}");
     }
 }
 

@@ -157,8 +157,8 @@ impl<'a> Applied<'a> {
         };
         let base = self.source.tensors[&target].clone();
         if base.shape() != stored.shape() {
-            let vocabulary =
-                self.is_vocabulary(&target) && base.shape()[1..] == stored.shape()[1..];
+            let vocabulary = self.is_vocabulary(&target)
+                && matches!((base.shape(), stored.shape()), ([_, b], [_, s]) if b == s);
             return Err(match vocabulary {
                 true => self.other_vocabulary(key, stored.shape()[0], base.shape()[0]),
                 false => self.misfit(key, stored.shape(), base.shape(), &target),
@@ -268,7 +268,10 @@ impl<'a> Applied<'a> {
         let expected = self.config.rank_of(name);
         for (stored, axis, form) in [(a, 0, "in"), (b, 1, "out")] {
             let shape = stored.1.shape();
-            if shape.len() == 2 && shape[axis] == expected * experts && !shape.contains(&0) {
+            if shape.len() == 2
+                && Some(shape[axis]) == expected.checked_mul(experts)
+                && !shape.contains(&0)
+            {
                 continue;
             }
             let rank = match experts {
@@ -297,7 +300,7 @@ impl<'a> Applied<'a> {
         let (inputs, outputs) = (a.cols, b.rows);
         let base = self.source.tensors[pair.target].clone();
         let transposed = match *base.shape() {
-            [rows, cols] if rows == cols => self.stored_transposed(pair, rows),
+            [rows, cols] if rows == cols => self.stored_transposed(pair),
             [rows, cols] => [rows, cols] == [inputs, outputs] && self.may_be_transposed(pair),
             _ => false,
         };
@@ -320,7 +323,7 @@ impl<'a> Applied<'a> {
     }
 
     /// Of a square weight the shape does not say; PEFT goes by the kind of layer, whatever the flag is.
-    fn stored_transposed(&mut self, pair: &Pair, _size: usize) -> bool {
+    fn stored_transposed(&mut self, pair: &Pair) -> bool {
         let conv1d = self.is_conv1d(pair);
         if self.config.fan_in_fan_out && !conv1d {
             self.note(
