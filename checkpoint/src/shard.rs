@@ -13,7 +13,7 @@ pub struct OtherTensor {
     /// Its name.
     pub name: String,
     /// Its dtype as the file spells it: `I64`, `F8_E4M3`, …
-    pub dtype: &'static str,
+    pub dtype: String,
     /// Its shape.
     pub shape: Vec<usize>,
     /// The file it is in.
@@ -49,7 +49,7 @@ pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
             }
             None => shard.other.push(OtherTensor {
                 name: tensor.name,
-                dtype: tensor.stored,
+                dtype: tensor.stored.to_owned(),
                 shape: tensor.shape,
                 file: path.to_owned(),
             }),

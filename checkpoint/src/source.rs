@@ -181,7 +181,7 @@ impl Source {
 }
 
 fn wrong_dtype(other: &OtherTensor) -> CheckpointError {
-    let hint = match other.dtype {
+    let hint = match other.dtype.as_str() {
         d if d.starts_with("F8") || d.starts_with("F6") || d.starts_with("F4") => {
             "this is a quantised checkpoint; take its bf16 original"
         }

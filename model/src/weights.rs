@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_merge_checkpoint::weight::{OwnedWeight, RowSlice};
-use moe_merge_checkpoint::{CheckpointError, Source, WeightRef, layout};
+use moe_merge_checkpoint::{CheckpointError, Source, WeightRef};
 
 use crate::error::ModelError;
 use crate::ops::FrozenLinear;
@@ -21,7 +21,7 @@ pub(crate) struct Weights {
 impl Weights {
     pub fn new(source: &Source, spec: &Spec) -> Result<Self, ModelError> {
         Ok(Self {
-            tensors: layout::canonical(source.tensors.clone(), &source.config)?,
+            tensors: source.tensors.clone(),
             expected: spec.expected_tensors().into_iter().collect(),
             path: source.path.clone(),
         })

@@ -93,7 +93,7 @@ impl AdapterFile {
             weights,
             modules: BTreeMap::new(),
             full: Vec::new(),
-            unknown: shard.other,
+            unknown: shard.other.iter().map(ToString::to_string).collect(),
         };
         for stored in file.weights.clone() {
             file.sort_in(stored)?;

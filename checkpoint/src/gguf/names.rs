@@ -13,6 +13,7 @@ use crate::gguf::config::Meta;
 use crate::gguf::dequant::Shifted;
 use crate::gguf::header::{Header, TensorInfo};
 use crate::map::MappedFile;
+use crate::shard::OtherTensor;
 use crate::weight::{PermutedRows, RowSlice, WeightRef};
 
 /// `general.architecture`, as far as this program knows them.
@@ -65,8 +66,8 @@ impl Architecture {
 /// The weights of a file under Hugging Face names.
 pub(super) struct Named {
     pub tensors: BTreeMap<String, WeightRef>,
-    /// GGUF names of tensors that became no weight.
-    pub other: Vec<String>,
+    /// Tensors that became no weight, under their GGUF names.
+    pub other: Vec<OtherTensor>,
     pub notes: Vec<String>,
 }
 
@@ -105,8 +106,11 @@ pub(super) fn map(header: &Header, file: &MappedFile) -> Result<Named, Checkpoin
         let place =
             if tensor.kind.is_no_weight() { Place::Config } else { namer.place(tensor.name) };
         match place {
-            Place::Config => named.other.push(tensor.name.to_owned()),
-            Place::Unknown => unknown.push(tensor.name.to_owned()),
+            Place::Config => named.other.push(other(tensor, file)),
+            Place::Unknown => {
+                unknown.push(tensor.name);
+                named.other.push(other(tensor, file));
+            }
             place => put(&namer, place, tensor, file, &mut named.tensors)?,
         }
     }
@@ -114,9 +118,17 @@ pub(super) fn map(header: &Header, file: &MappedFile) -> Result<Named, Checkpoin
         named
             .notes
             .push(format!("tensors that are not understood are left out: {}", unknown.join(", ")));
-        named.other.append(&mut unknown);
     }
     Ok(named)
+}
+
+fn other(tensor: &TensorInfo, file: &MappedFile) -> OtherTensor {
+    OtherTensor {
+        name: tensor.name.to_owned(),
+        dtype: format!("{:?}", tensor.kind),
+        shape: tensor.shape.clone(),
+        file: file.path().to_owned(),
+    }
 }
 
 fn put(
