@@ -62,7 +62,7 @@ fn parts(
     };
     if let Some(layer) = name.strip_suffix(".mlp.experts.gate_up_proj") {
         let [experts, rows, _] = three_axes(&weight)?;
-        if rows % 2 != 0 {
+        if !rows.is_multiple_of(2) {
             return Err(shape(&weight, "[experts, 2 * width, hidden]"));
         }
         let half = rows / 2;

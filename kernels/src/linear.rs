@@ -33,7 +33,7 @@ pub fn linear(
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let (m, k) = (w.rows(), w.cols());
-    let tokens = if k == 0 { out.len() / m.max(1) } else { x.len() / k };
+    let tokens = x.len().checked_div(k).unwrap_or(out.len() / m.max(1));
     KernelError::check("linear input", tokens * k, x.len())?;
     KernelError::check("linear output", tokens * m, out.len())?;
     if let Some(bias) = bias {

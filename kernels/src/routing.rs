@@ -74,7 +74,7 @@ pub fn route(
         KernelError::check("router bias", experts, bias.len())?;
     }
     if let Some((groups, kept)) = spec.groups {
-        let whole = groups > 0 && kept > 0 && kept <= groups && experts % groups == 0;
+        let whole = groups > 0 && kept > 0 && kept <= groups && experts.is_multiple_of(groups);
         if !whole || kept * (experts / groups) < top_k {
             return Err(KernelError::TopK { top_k, experts: experts / groups.max(1) * kept });
         }

@@ -58,13 +58,17 @@ enum Queries {
 #[derive(Debug, Clone)]
 enum Feed {
     Dense(Expert),
-    Moe {
-        spec: MoeMlp,
-        router: FrozenLinear,
-        bias: Option<Arc<[f32]>>,
-        experts: Vec<Expert>,
-        shared: Option<(Expert, Option<FrozenLinear>)>,
-    },
+    Moe(Box<Moe>),
+}
+
+#[derive(Debug, Clone)]
+struct Moe {
+    spec: MoeMlp,
+    router: FrozenLinear,
+    bias: Option<Arc<[f32]>>,
+    experts: Vec<Expert>,
+    /// Shared expert and its gate.
+    shared: Option<(Expert, Option<FrozenLinear>)>,
 }
 
 /// Where the keys and values of a pass are.
@@ -119,7 +123,7 @@ impl Layer {
     pub fn experts(&self) -> usize {
         match &self.mlp {
             Feed::Dense(_) => 0,
-            Feed::Moe { experts, .. } => experts.len(),
+            Feed::Moe(moe) => moe.experts.len(),
         }
     }
 
@@ -228,12 +232,11 @@ impl Layer {
         activation: Activation,
         x: &Tensor,
     ) -> Result<(Tensor, Option<Routing>), ModelError> {
-        let (spec, router, bias, experts, shared) = match &self.mlp {
+        let moe = match &self.mlp {
             Feed::Dense(mlp) => return Ok((mlp_forward(mlp, activation, x)?, None)),
-            Feed::Moe { spec, router, bias, experts, shared } => {
-                (spec, router, bias, experts, shared)
-            }
+            Feed::Moe(moe) => moe,
         };
+        let Moe { spec, router, bias, experts, shared } = &**moe;
         let tokens = x.dim(0)?;
         let logits = to_vec(&router.forward(x)?)?;
         let routing = route(&logits, tokens, spec.experts, bias.as_deref(), &spec.router)
@@ -352,7 +355,8 @@ fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<
     };
     let bias = moe.selection_bias.map(|name| weights.vector(&format!("{at}{name}"))).transpose()?;
     let shared = moe.shared.as_ref().map(|s| load_shared(weights, s, at)).transpose()?;
-    Ok(Feed::Moe { spec: moe.clone(), router: plain(moe.names.router())?, bias, experts, shared })
+    let router = plain(moe.names.router())?;
+    Ok(Feed::Moe(Box::new(Moe { spec: moe.clone(), router, bias, experts, shared })))
 }
 
 /// Experts that are slices of two stacked tensors.

@@ -56,7 +56,7 @@ pub(super) fn sparse_layers(
     let first = keys.size_or("first_k_dense_replace", 0)?;
     let step = keys.size_or("moe_layer_freq", 1)?.max(1);
     for (l, layer) in spec.layers.iter_mut().enumerate() {
-        if l >= first && l % step == 0 {
+        if l >= first && l.is_multiple_of(step) {
             layer.mlp = Mlp::Moe(moe.clone());
         }
     }

@@ -35,7 +35,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
     let step = keys.size_or("moe_layer_interval", 1)?.max(1);
     for (l, layer) in spec.layers.iter_mut().enumerate() {
         layer.rope.pairing = RopePairing::Interleaved;
-        if (l + 1) % step == 0 && (start..=end).contains(&l) {
+        if (l + 1).is_multiple_of(step) && (start..=end).contains(&l) {
             layer.mlp = Mlp::Moe(moe.clone());
         } else if let Mlp::Dense(mlp) = &mut layer.mlp {
             mlp.bias = bias;

@@ -5,7 +5,7 @@ use crate::error::ModelError;
 use crate::spec::Spec;
 
 pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
-    let mut spec = windowed(keys, "gemma2", |layer| layer % 2 == 0)?;
+    let mut spec = windowed(keys, "gemma2", |layer| layer.is_multiple_of(2))?;
     spec.attention.softcap = keys.number("attn_logit_softcapping")?;
     spec.final_softcap = keys.number("final_logit_softcapping")?;
     Ok(spec)

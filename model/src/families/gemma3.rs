@@ -13,7 +13,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
     };
     let pattern = keys.size_or(key, 6)?.max(1);
     // Rotary frequencies differ by layer: they are read below, not by the plain llama.
-    let mut spec = windowed(keys, "gemma3_text", |layer| (layer + 1) % pattern != 0)?;
+    let mut spec = windowed(keys, "gemma3_text", |layer| !(layer + 1).is_multiple_of(pattern))?;
     let head_dim = spec.attention.qk_dim();
     let global = match keys.rope_for("full_attention", 1_000_000.0, head_dim)? {
         Some(rope) => rope,

@@ -14,7 +14,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
     spec.attention.scale = keys.number_or("attention_multiplier", 1.0)? as f32;
     let mut moe = keys.experts(ExpertNames::Granite, keys.size("intermediate_size")?, true)?;
     let shared = keys.size_or("shared_intermediate_size", 0)?;
-    moe.shared = (shared > 0).then(|| SharedExpert {
+    moe.shared = (shared > 0).then_some(SharedExpert {
         module: "shared_mlp",
         inter: shared,
         gate: None,

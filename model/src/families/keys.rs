@@ -108,7 +108,7 @@ impl<'a> Keys<'a> {
             return self.size("head_dim");
         }
         let (hidden, heads) = (self.size("hidden_size")?, self.size("num_attention_heads")?);
-        if hidden % heads != 0 {
+        if !hidden.is_multiple_of(heads) {
             return Err(self.refuse("num_attention_heads", "a divisor of hidden_size"));
         }
         Ok(hidden / heads)
@@ -204,7 +204,7 @@ impl<'a> Keys<'a> {
             None => self.number_or("partial_rotary_factor", 1.0)?,
         };
         let dim = (dim as f64 * partial) as usize;
-        if dim % 2 != 0 || !(theta > 0.0) {
+        if !dim.is_multiple_of(2) || theta.is_nan() || theta <= 0.0 {
             return Err(self.refuse(at, "a positive rope_theta and an even number of dimensions"));
         }
         let original = || match number("original_max_position_embeddings") {
@@ -369,7 +369,7 @@ pub(super) fn set_qk_norm(spec: &mut Spec, norm: QkNorm) {
 /// What must hold in every family.
 pub(super) fn check(spec: &Spec, keys: &Keys<'_>) -> Result<(), ModelError> {
     let a = &spec.attention;
-    if a.heads % a.kv_heads != 0 {
+    if !a.heads.is_multiple_of(a.kv_heads) {
         return Err(keys.refuse("num_key_value_heads", "a divisor of num_attention_heads"));
     }
     for layer in &spec.layers {
@@ -381,7 +381,7 @@ pub(super) fn check(spec: &Spec, keys: &Keys<'_>) -> Result<(), ModelError> {
             }
             if let Some((groups, kept)) = moe.router.groups
                 && (groups == 0
-                    || experts % groups != 0
+                    || !experts.is_multiple_of(groups)
                     || kept > groups
                     || kept * (experts / groups) < k)
             {

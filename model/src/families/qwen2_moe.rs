@@ -31,7 +31,7 @@ pub(super) fn sparse_layers(
     let step = keys.size_or("decoder_sparse_step", 1)?;
     let dense = keys.layer_list("mlp_only_layers")?;
     for (l, layer) in spec.layers.iter_mut().enumerate() {
-        if step > 0 && (l + 1) % step == 0 && !dense.contains(&l) {
+        if step > 0 && (l + 1).is_multiple_of(step) && !dense.contains(&l) {
             layer.mlp = Mlp::Moe(moe.clone());
         }
     }
