@@ -51,6 +51,7 @@ pub(super) fn parse(text: &str) -> Result<Node, SyntaxError> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! { max_depth: 32, max_documents: 1, max_nodes: 200_000 },
         with_snippet: false,
+        non_finite_float_policy: serde_saphyr::NonFiniteFloatPolicy::PassThrough,
     };
     let spanned: Spanned<Value> =
         serde_saphyr::from_str_with_options(text, options).map_err(|e| SyntaxError {
