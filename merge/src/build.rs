@@ -16,7 +16,9 @@ use crate::evaluate::{Domain, Evaluation, evaluate};
 use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
-use crate::recipe::{Attention, DenseRecipe, Expert, MoeRecipe, Place, RecipeErrors};
+use crate::recipe::{
+    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors, SourceSpec,
+};
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
 
@@ -204,7 +206,7 @@ impl Prepared {
             target: text.target(options.out.as_ref(), recipe.output.as_ref()),
             provenance: Provenance {
                 recipe: Some(text.text.to_owned()),
-                dialect: Dialect::of(text.text),
+                dialect: dialect(recipe),
                 gate_mode: Some(recipe.gate_mode.name().into()),
                 seed: recipe.seed,
                 ..Provenance::default()
@@ -213,6 +215,18 @@ impl Prepared {
             options,
             opened: start.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Bytes of memory that the build takes at most, beside the program itself: the writer, or one layer of the base
+    /// with the hidden states of all prompts. Evaluation text is not counted.
+    pub fn peak_memory(&self) -> u64 {
+        let dims = &self.plan.shape.dims;
+        let layer = |name: &str| name.starts_with("model.layers.0.");
+        let tensors = self.assembly.base.tensors.iter().filter(|(name, _)| layer(name));
+        let weights: u64 = tensors.map(|(_, w)| w.size_in(w.dtype())).sum();
+        // The residual stream, the router's input and what attention and MLP hold for one batch beside them.
+        let states = (self.prompt_tokens() * (4 * dims.hidden + 2 * dims.intermediate) * 4) as u64;
+        self.plan.peak_memory.max(weights + states)
     }
 
     /// What will be written.
@@ -340,6 +354,20 @@ impl Prepared {
     }
 }
 
+/// Whether mergekit-moe would read the recipe, too.
+fn dialect(recipe: &MoeRecipe) -> Dialect {
+    let experts = recipe.experts.iter().chain(&recipe.shared_experts);
+    let ours = matches!(recipe.gate_mode, GateMode::Auto | GateMode::Logistic)
+        || !matches!(recipe.attention, Attention::Base)
+        || recipe.architecture == [Architecture::Ernie45Moe]
+        || recipe.base_tokenizer
+        || recipe.output.is_some()
+        || recipe.seed != 0
+        || !recipe.evaluation.is_empty()
+        || experts.into_iter().any(|e| e.name.is_some() || e.layers.is_some());
+    if ours { Dialect::Own } else { Dialect::MergekitMoe }
+}
+
 /// Opens the sources of experts.
 fn inputs(experts: &[Expert], dir: &Path) -> Result<Vec<ExpertInput>, MergeError> {
     experts
@@ -357,7 +385,7 @@ fn inputs(experts: &[Expert], dir: &Path) -> Result<Vec<ExpertInput>, MergeError
 }
 
 /// Whether an expert is the base, unchanged.
-fn unchanged(expert: &Expert, base: &crate::recipe::SourceSpec) -> bool {
+fn unchanged(expert: &Expert, base: &SourceSpec) -> bool {
     expert.source.same_as(base) && expert.noise_scale == 0.0 && expert.residual_scale == 1.0
 }
 

@@ -1,6 +1,8 @@
 //! What can go wrong between a recipe and its output.
 
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+use moe_merge_model::{ModelError, TextError};
+use moe_merge_router::RouterError;
 
 use crate::recipe::RecipeErrors;
 
@@ -13,6 +15,21 @@ pub enum MergeError {
     /// A file: a source that cannot be read, an output that cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A model that cannot be run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Text that cannot be tokenised, or a tokenizer that cannot be read.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// No gate can be made from the prompts.
+    #[error("no router can be made for layer {layer}: {source}")]
+    Router {
+        /// The layer.
+        layer: usize,
+        /// Why.
+        #[source]
+        source: RouterError,
+    },
     /// Two models that do not go together, or a model that the output cannot hold.
     #[error("{what}")]
     Incompatible {
@@ -38,6 +55,9 @@ impl Explain for MergeError {
         match self {
             Self::Recipe(e) => e.kind(),
             Self::Checkpoint(e) => e.kind(),
+            Self::Model(e) => e.kind(),
+            Self::Text(e) => e.kind(),
+            Self::Router { .. } => Kind::Usage,
             Self::Incompatible { .. } => Kind::Usage,
         }
     }
@@ -46,6 +66,9 @@ impl Explain for MergeError {
         match self {
             Self::Recipe(e) => e.fields(),
             Self::Checkpoint(e) => e.fields(),
+            Self::Model(e) => e.fields(),
+            Self::Text(e) => e.fields(),
+            Self::Router { .. } => Vec::new(),
             Self::Incompatible { first, second, expected, found, recipe, .. } => {
                 let mut fields = vec![("first", first.clone()), ("second", second.clone())];
                 fields.push(("expected", expected.clone()));
@@ -60,6 +83,9 @@ impl Explain for MergeError {
         match self {
             Self::Recipe(e) => e.hint(),
             Self::Checkpoint(e) => e.hint(),
+            Self::Model(e) => e.hint(),
+            Self::Text(e) => e.hint(),
+            Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
         }
     }

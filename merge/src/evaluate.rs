@@ -170,7 +170,7 @@ fn routing(
         for layer in moe.routing(&tokens)? {
             first.resize(layer.experts, 0);
             any.resize(layer.experts, 0);
-            for chosen in layer.ids.chunks_exact(layer.top_k).skip(skip) {
+            for chosen in layer.routing.ids.chunks_exact(layer.routing.top_k).skip(skip) {
                 seen += 1;
                 first[chosen[0] as usize] += 1;
                 chosen.iter().for_each(|&e| any[e as usize] += 1);

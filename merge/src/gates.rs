@@ -72,7 +72,7 @@ pub struct Routers {
 /// What opening or running the base meets; [`MergeError::Router`] with the layer if the estimator refuses;
 /// interruption.
 pub fn compute(request: &GateRequest<'_>, done: &mut dyn FnMut(usize)) -> Result<Routers, MergeError> {
-    let spec = Spec::from_source(request.base)?;
+    let spec = Spec::of(request.base)?;
     let (layers, hidden) = (spec.layers.len(), spec.hidden);
     let mut made = Made { gates: Vec::new(), shared: Vec::new(), fits: Vec::new() };
     match request.estimator.method {
@@ -91,7 +91,7 @@ pub fn compute(request: &GateRequest<'_>, done: &mut dyn FnMut(usize)) -> Result
         Method::Embeddings(estimate) => {
             let rows = |prompts: &[TokenPrompts]| -> Result<Gate, MergeError> {
                 let embedded = Embedded::read(request.base, &spec, prompts)?;
-                estimate(&embedded.prompts(), hidden).map_err(|e| MergeError::router(0, e))
+                estimate(&embedded.prompts(), hidden).map_err(|source| MergeError::Router { layer: 0, source })
             };
             let gate = rows(request.experts)?;
             made.gates = vec![gate; layers];
@@ -102,13 +102,17 @@ pub fn compute(request: &GateRequest<'_>, done: &mut dyn FnMut(usize)) -> Result
         }
         Method::Streams(_) | Method::RouterInputs(_) => {
             let prompts = flatten(request);
-            probe(request.base, &prompts, &mut |layer| {
+            let mut failed = None;
+            let ran = probe(request.base, &prompts, &mut |layer| {
                 request.interrupt.check()?;
-                made.layer(request, hidden, &layer)?;
                 done(layer.layer);
-                Ok(())
-            })
-            .map_err(MergeError::from_probe)?;
+                made.layer(request, hidden, &layer).map_err(|e| {
+                    failed = Some(e);
+                    ModelError::Stopped("no gate could be made".into())
+                })
+            });
+            failed.map_or(Ok(()), Err)?;
+            ran?;
         }
     }
     Ok(made.finish(request))
@@ -144,10 +148,8 @@ impl Made {
         request: &GateRequest<'_>,
         hidden: usize,
         probe: &LayerProbe<'_>,
-    ) -> Result<(), ModelError> {
-        let stopped = |e: RouterError| {
-            ModelError::Stopped(Box::new(MergeError::router(probe.layer, e)))
-        };
+    ) -> Result<(), MergeError> {
+        let stopped = |source: RouterError| MergeError::Router { layer: probe.layer, source };
         let routed: usize =
             request.experts.iter().map(|p| p.positive.len() + p.negative.len()).sum();
         let (streams, shared_streams) = probe.stream.split_at(routed);

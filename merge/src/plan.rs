@@ -310,7 +310,7 @@ impl Builder<'_> {
         let left: Vec<&String> = base
             .tensors
             .keys()
-            .chain(&base.other)
+            .chain(base.other.iter().map(|o| &o.name))
             .filter(|name| !used.contains(*name) && !is_derived(name))
             .collect();
         Ok(unused_tensors(&base.label, &left).into_iter().collect())

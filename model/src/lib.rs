@@ -15,30 +15,30 @@
 
 #![forbid(unsafe_code)]
 
-pub mod chat;
-pub mod sampler;
-mod text_error;
-pub mod tokenizer;
-pub mod verify;
-
-
-pub use chat::ChatTemplate;
-pub use sampler::{Sampler, Sampling};
-pub use text_error::TextError;
-pub use tokenizer::Tokenizer;
 mod cache;
+pub mod chat;
 mod error;
 pub mod families;
+pub mod generate;
 mod layer;
 mod model;
 mod ops;
+pub mod perplexity;
 mod probe;
+pub mod sampler;
 pub mod spec;
+mod text_error;
+pub mod tokenizer;
+pub mod verify;
 mod weights;
 
 pub use cache::Cache;
+pub use chat::ChatTemplate;
 pub use error::ModelError;
 pub use families::{FAMILIES, Family, family_of};
 pub use model::{LayerRouting, LogitRows, Model};
 pub use probe::{LayerProbe, probe};
+pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
+pub use text_error::TextError;
+pub use tokenizer::Tokenizer;

@@ -143,6 +143,43 @@ pub enum Warning {
     },
 }
 
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::DuplicatePrompts { expert, dropped } => {
+                write!(f, "expert {expert} has {dropped} prompts twice; each counts once")
+            }
+            Self::EmptyPrompts { expert, dropped } => {
+                write!(f, "{dropped} prompts of expert {expert} hold no token and are left out")
+            }
+            Self::SamePrompts { a, b } => write!(
+                f,
+                "experts {a} and {b} have the same prompts: nothing tells them apart, and {a} wins every tie"
+            ),
+            Self::SharedPrompts { a, b, shared } => {
+                write!(f, "experts {a} and {b} share {shared} prompts")
+            }
+            Self::SinglePrompt { expert } => write!(
+                f,
+                "expert {expert} has a single prompt: nothing is known about its quality on other text; give three or more"
+            ),
+            Self::NoHeldOut { penalty } => write!(
+                f,
+                "no prompt could be held out: a strong penalty ({penalty}) was used and quality is unknown; give each \
+                 expert two prompts or more"
+            ),
+            Self::LogitsBounded { largest, bound } => {
+                write!(f, "router logits of up to {largest:.1} were scaled down to {bound}")
+            }
+            Self::NotConverged { iterations, gradient } => write!(
+                f,
+                "the solver stopped after {iterations} steps with a gradient of {gradient:.1e}; the gate is usable, but not \
+                 the exact optimum"
+            ),
+        }
+    }
+}
+
 /// What a row of features is labelled with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {

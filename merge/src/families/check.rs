@@ -178,14 +178,17 @@ pub fn warn_about_sources(request: &Request<'_>) -> Vec<String> {
                 Value::Object(ours)
             ));
         }
-        let unknown = |name: &&String| {
-            !base.tensors.contains_key(*name)
-                && !base.other.contains(name)
-                && name.as_str() != "lm_head.weight"
-                && !is_derived(name)
+        let known = |name: &str| {
+            base.tensors.contains_key(name) || base.other.iter().any(|o| o.name == name)
         };
-        let unused: Vec<&String> =
-            expert.tensors.keys().chain(&expert.other).filter(unknown).collect();
+        let unknown =
+            |name: &&String| !known(name) && name.as_str() != "lm_head.weight" && !is_derived(name);
+        let unused: Vec<&String> = expert
+            .tensors
+            .keys()
+            .chain(expert.other.iter().map(|o| &o.name))
+            .filter(unknown)
+            .collect();
         warnings.extend(unused_tensors(&expert.label, &unused));
     }
     warnings

@@ -17,10 +17,6 @@ impl OutputFamily for Deepseek {
         "deepseek"
     }
 
-    fn mergekit_name(&self) -> Option<&'static str> {
-        Some("DeepSeek MoE")
-    }
-
     fn class(&self) -> &'static str {
         "DeepseekForCausalLM"
     }

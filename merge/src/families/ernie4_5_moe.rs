@@ -21,10 +21,6 @@ impl OutputFamily for Ernie {
         "ernie4_5_moe"
     }
 
-    fn mergekit_name(&self) -> Option<&'static str> {
-        None
-    }
-
     fn class(&self) -> &'static str {
         "Ernie4_5_MoeForCausalLM"
     }

@@ -16,10 +16,6 @@ impl OutputFamily for Mixtral {
         "mixtral"
     }
 
-    fn mergekit_name(&self) -> Option<&'static str> {
-        Some("Mixtral")
-    }
-
     fn class(&self) -> &'static str {
         "MixtralForCausalLM"
     }

@@ -150,9 +150,6 @@ pub trait OutputFamily: Sync + std::fmt::Debug {
     /// `model_type` in `config.json`, and the word for `architecture:`.
     fn name(&self) -> &'static str;
 
-    /// mergekit's word for it, of which any prefix will do in `architecture:`.
-    fn mergekit_name(&self) -> Option<&'static str>;
-
     /// The class in `architectures`.
     fn class(&self) -> &'static str;
 
@@ -231,20 +228,17 @@ impl Addition {
     }
 }
 
-/// The family called `architecture` (a prefix of its name or of mergekit's word for it will do, in any case), or with `None`
-/// the first that accepts.
+/// The first of the `wanted` families that accepts; with none wanted, the first of all.
 ///
 /// # Errors
-/// [`MergeError::Incompatible`]: the name is unknown, or the reason why the family (or the likeliest one) cannot hold
-/// the request.
+/// [`MergeError::Incompatible`]: the reason why the wanted family (or the likeliest one) cannot hold the request.
 pub fn select(
-    architecture: Option<&str>,
+    wanted: &[&str],
     request: &Request<'_>,
 ) -> Result<&'static dyn OutputFamily, MergeError> {
-    let wanted = architecture.map(|a| a.trim().to_lowercase()).filter(|a| a != "auto");
-    let named: Vec<&'static dyn OutputFamily> = match &wanted {
-        None => OUTPUTS.to_vec(),
-        Some(wanted) => OUTPUTS.iter().copied().filter(|f| matches(*f, wanted)).collect(),
+    let named: Vec<&'static dyn OutputFamily> = match wanted {
+        [] => OUTPUTS.to_vec(),
+        wanted => OUTPUTS.iter().copied().filter(|f| wanted.contains(&f.name())).collect(),
     };
     let mut reasons = Vec::new();
     for family in named {
@@ -262,19 +256,13 @@ pub fn select(
         None => Err(MergeError::Incompatible {
             what: "unknown output family".into(),
             first: request.base.label.clone(),
-            second: wanted.clone().unwrap_or_default(),
+            second: wanted.join(", "),
             expected: OUTPUTS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
-            found: wanted.unwrap_or_default(),
+            found: wanted.join(", "),
             hint: "leave `architecture` out to let the base decide".into(),
             recipe: None,
         }),
     }
-}
-
-fn matches(family: &dyn OutputFamily, wanted: &str) -> bool {
-    let mergekit = family.mergekit_name().map(str::to_lowercase);
-    !wanted.is_empty()
-        && (family.name().starts_with(wanted) || mergekit.is_some_and(|m| m.starts_with(wanted)))
 }
 
 /// The family whose refusal says most.

@@ -18,10 +18,6 @@ impl OutputFamily for Qwen2Moe {
         "qwen2_moe"
     }
 
-    fn mergekit_name(&self) -> Option<&'static str> {
-        Some("Qwen MoE")
-    }
-
     fn class(&self) -> &'static str {
         "Qwen2MoeForCausalLM"
     }

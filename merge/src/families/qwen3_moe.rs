@@ -16,10 +16,6 @@ impl OutputFamily for Qwen3Moe {
         "qwen3_moe"
     }
 
-    fn mergekit_name(&self) -> Option<&'static str> {
-        Some("Qwen3 MoE")
-    }
-
     fn class(&self) -> &'static str {
         "Qwen3MoeForCausalLM"
     }
