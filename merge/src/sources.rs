@@ -43,7 +43,7 @@ impl Trail {
             SourceKind::Inline(recipe) => self.deeper(source)?.recipe(recipe, source, base_dir)?,
             SourceKind::File(file) => {
                 let path = base_dir.join(file);
-                let trail = self.into_file(source, &path)?;
+                let trail = self.within_file(source, &path)?;
                 let recipe = read(source, &path)?;
                 let dir = path.parent().unwrap_or(Path::new(""));
                 let mut opened = trail.recipe(&recipe, source, dir)?;
@@ -86,7 +86,7 @@ impl Trail {
         Ok(Self { depth: self.depth + 1, files: self.files.clone() })
     }
 
-    fn into_file(&self, source: &SourceSpec, path: &Path) -> Result<Self, MergeError> {
+    fn within_file(&self, source: &SourceSpec, path: &Path) -> Result<Self, MergeError> {
         let mut trail = self.deeper(source)?;
         let file = path.canonicalize().map_err(|e| {
             let mut error = source.place.error("recipe not found");

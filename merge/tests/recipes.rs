@@ -45,7 +45,7 @@ fn all_golden_moe_recipes() {
         let Ok(Recipe::Moe(moe)) = recipe::parse(&text, &path) else { panic!("{path:?}") };
         assert_eq!((moe.experts.len(), moe.experts_per_token, moe.dtype), (3, 2, Some(Dtype::F32)));
         assert!(moe.experts.iter().all(|e| e.positive_prompts.len() == 4));
-        assert_eq!(moe.architecture.is_empty(), false, "{path:?}");
+        assert!(!moe.architecture.is_empty(), "{path:?}");
         let name = path.file_stem().unwrap().to_str().unwrap();
         let negative = if name.ends_with("negative") { [2, 2, 0] } else { [0, 0, 0] };
         let found: Vec<_> = moe.experts.iter().map(|e| e.negative_prompts.len()).collect();
