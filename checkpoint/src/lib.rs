@@ -16,6 +16,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod adapter;
 pub mod config_json;
 mod error;
 mod explain;
