@@ -128,15 +128,37 @@ impl AdapterConfig {
     /// Rank that the configuration gives to the module (or parameter) `name`.
     ///
     /// The first key `K` in file order with `^(.*\.)?(K)$` wins, as PEFT does it (`get_pattern_key`).
-    pub fn rank_of(&self, name: &str) -> usize {
-        first_match(&self.rank_pattern, name).unwrap_or(self.rank)
+    pub fn rank_of(&self, name: &str) -> Result<usize, CheckpointError> {
+        Ok(self.first_match(&self.rank_pattern, name)?.unwrap_or(self.rank))
     }
 
     /// `s = alpha / r`, or `alpha / √r` for rslora.
-    pub fn scale(&self, name: &str, rank: usize) -> f32 {
-        let alpha = first_match(&self.alpha_pattern, name).unwrap_or(self.alpha);
+    pub fn scale(&self, name: &str, rank: usize) -> Result<f32, CheckpointError> {
+        let alpha = self.first_match(&self.alpha_pattern, name)?.unwrap_or(self.alpha);
         let rank = rank as f64;
-        (alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
+        Ok((alpha / if self.rslora { rank.sqrt() } else { rank }) as f32)
+    }
+
+    fn first_match<T: Copy>(
+        &self,
+        pattern: &[(Regex, T)],
+        name: &str,
+    ) -> Result<Option<T>, CheckpointError> {
+        for (key, value) in pattern {
+            // Backtracking has a limit, so that no pattern can keep us busy for ever.
+            let matches = key.is_match(name).map_err(|e| CheckpointError::Malformed {
+                what: "pattern of the adapter configuration cannot be matched".into(),
+                file: self.file.clone(),
+                tensor: Some(name.to_owned()),
+                expected: "a regular expression that matches without endless backtracking".into(),
+                found: format!("`{}`: {e}", key.as_str()),
+                hint: None,
+            })?;
+            if matches {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
     }
 
     /// Whether PEFT before 0.20 wrote it, whose packed experts are the other way round; `None` if it does not say.
@@ -146,11 +168,6 @@ impl AdapterConfig {
         let minor: u32 = parts.next()?.parse().ok()?;
         Some((major, minor) < (0, 20))
     }
-}
-
-fn first_match<T: Copy>(pattern: &[(Regex, T)], name: &str) -> Option<T> {
-    // A pattern that exhausts the backtracking limit counts as no match; the rank check then reports the module.
-    pattern.iter().find(|(key, _)| key.is_match(name).unwrap_or(false)).map(|(_, value)| *value)
 }
 
 /// The file's keys, for reading them with messages.
@@ -374,21 +391,30 @@ mod tests {
                 "alpha_pattern": {"o_proj": 3}}"#,
         )
         .unwrap();
-        assert_eq!(config.rank_of("model.layers.1.self_attn.o_proj"), 2);
-        assert_eq!(config.rank_of("model.layers.0.self_attn.o_proj"), 4);
+        assert_eq!(config.rank_of("model.layers.1.self_attn.o_proj").unwrap(), 2);
+        assert_eq!(config.rank_of("model.layers.0.self_attn.o_proj").unwrap(), 4);
         // A key matches whole components only.
-        assert_eq!(config.rank_of("model.layers.0.self_attn.go_proj"), 8);
-        assert_eq!(config.rank_of("q_proj"), 16);
-        assert_eq!(config.scale("model.layers.0.self_attn.o_proj", 4), 0.75);
+        assert_eq!(config.rank_of("model.layers.0.self_attn.go_proj").unwrap(), 8);
+        assert_eq!(config.rank_of("q_proj").unwrap(), 16);
+        assert_eq!(config.scale("model.layers.0.self_attn.o_proj", 4).unwrap(), 0.75);
         // Rank from its pattern, alpha from the default: 16 / 2.
-        assert_eq!(config.scale("model.layers.1.mlp.up_proj", 2), 8.0);
+        assert_eq!(config.scale("model.layers.1.mlp.up_proj", 2).unwrap(), 8.0);
+    }
+
+    #[test]
+    fn a_pattern_that_backtracks_for_ever_is_an_error() {
+        let config = parse(
+            r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "alpha_pattern": {"(?=a)(a|a)*\\1b": 3}}"#,
+        )
+        .unwrap();
+        assert!(config.scale(&"a".repeat(60), 1).is_err());
     }
 
     #[test]
     fn rslora_divides_by_the_root() {
         let config =
             parse(r#"{"peft_type": "LORA", "r": 16, "lora_alpha": 2, "use_rslora": true}"#);
-        assert_eq!(config.unwrap().scale("x", 16), 0.5);
+        assert_eq!(config.unwrap().scale("x", 16).unwrap(), 0.5);
     }
 
     #[test]

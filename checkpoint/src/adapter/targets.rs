@@ -265,7 +265,7 @@ impl<'a> Applied<'a> {
         b: &Stored,
         experts: usize,
     ) -> Result<(usize, f32), CheckpointError> {
-        let expected = self.config.rank_of(name);
+        let expected = self.config.rank_of(name)?;
         for (stored, axis, form) in [(a, 0, "in"), (b, 1, "out")] {
             let shape = stored.1.shape();
             if shape.len() == 2
@@ -290,7 +290,7 @@ impl<'a> Applied<'a> {
                 hint: Some("take configuration and weights from the same save".into()),
             });
         }
-        Ok((expected, self.config.scale(name, expected)))
+        Ok((expected, self.config.scale(name, expected)?))
     }
 
     fn linear(&mut self, pair: &Pair, parts: &Parts) -> Result<(), CheckpointError> {
