@@ -19,6 +19,7 @@
 pub mod config_json;
 mod error;
 mod explain;
+pub mod layout;
 pub mod manifest;
 mod map;
 pub mod publish;

@@ -30,3 +30,14 @@ pub enum KernelError {
         expert: usize,
     },
 }
+
+impl KernelError {
+    /// Compares a length with what the sizes ask for.
+    pub(crate) fn check(
+        what: &'static str,
+        expected: usize,
+        found: usize,
+    ) -> Result<(), KernelError> {
+        if expected == found { Ok(()) } else { Err(KernelError::Length { what, expected, found }) }
+    }
+}

@@ -15,10 +15,25 @@
 #[cfg(target_endian = "big")]
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
+pub mod activation;
+pub mod attention;
 pub mod cast;
+pub mod dispatch;
+mod dot;
 mod error;
+mod linear;
+mod norm;
+pub mod rope;
+pub mod routing;
 mod view;
 
+pub use activation::Activation;
+pub use attention::{AttentionSpec, KeyValues, attention};
 pub use cast::Dtype;
+pub use dispatch::{ExpertView, Groups, group, moe_forward};
 pub use error::KernelError;
+pub use linear::linear;
+pub use norm::{rms_norm, softmax};
+pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
+pub use routing::{RouterSpec, Routing, Score, route};
 pub use view::MatView;

@@ -1,15 +1,42 @@
-//! A running model: families, forward pass, probing, perplexity, generation
+//! A running model: families, forward pass, probing, perplexity, generation.
+//!
+//! A family turns `config.json` into a [`Spec`]; everything after that knows no family. Weights stay where they are.
+//!
+//! ```no_run
+//! use moe_merge_checkpoint::{Source, SourceRef};
+//! use moe_merge_model::{Cache, LogitRows, Model};
+//! let source = Source::open(&"models/base".parse::<SourceRef>()?, ".".as_ref())?;
+//! let model = Model::open(&source)?;
+//! let mut cache = Cache::new(&model, 128);
+//! let logits = model.forward(&[1, 5, 7], &mut cache, LogitRows::Last)?;
+//! assert_eq!(logits.len(), model.spec().vocab);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![forbid(unsafe_code)]
 
+mod cache;
 pub mod chat;
+mod error;
+pub mod families;
+mod layer;
+mod model;
+mod ops;
+mod probe;
 pub mod sampler;
+pub mod spec;
 mod text_error;
 pub mod tokenizer;
 pub mod verify;
+mod weights;
 
-
+pub use cache::Cache;
 pub use chat::ChatTemplate;
+pub use error::ModelError;
+pub use families::{FAMILIES, Family, family_of};
+pub use model::{LayerRouting, LogitRows, Model};
+pub use probe::{LayerProbe, probe};
 pub use sampler::{Sampler, Sampling};
+pub use spec::Spec;
 pub use text_error::TextError;
 pub use tokenizer::Tokenizer;

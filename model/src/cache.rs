@@ -1,0 +1,124 @@
+//! Keys and values of the tokens seen so far.
+
+use moe_merge_kernels::KeyValues;
+
+use crate::error::ModelError;
+use crate::model::Model;
+
+/// Keys and values of all layers, allocated once.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    pub(crate) layers: Vec<LayerCache>,
+    capacity: usize,
+    max_positions: usize,
+    len: usize,
+}
+
+/// Keys and values of one layer: `[kv_heads, capacity, dim]`.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerCache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    kv_heads: usize,
+    qk_dim: usize,
+    v_dim: usize,
+    capacity: usize,
+}
+
+impl Cache {
+    /// Room for `capacity` tokens of `model`.
+    pub fn new(model: &Model, capacity: usize) -> Self {
+        let spec = model.spec();
+        let a = &spec.attention;
+        let (qk_dim, v_dim) = (a.qk_dim(), a.v_dim());
+        let layer = || LayerCache {
+            keys: vec![0.0; a.kv_heads * capacity * qk_dim],
+            values: vec![0.0; a.kv_heads * capacity * v_dim],
+            kv_heads: a.kv_heads,
+            qk_dim,
+            v_dim,
+            capacity,
+        };
+        Self {
+            layers: spec.layers.iter().map(|_| layer()).collect(),
+            capacity,
+            max_positions: spec.max_positions,
+            len: 0,
+        }
+    }
+
+    /// Tokens in it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Tokens it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets all tokens; the memory stays.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Forgets all tokens from position `len` on; nothing happens if there are fewer.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Whether `tokens` more have room, in it and in the model's context.
+    pub(crate) fn check(&self, tokens: usize) -> Result<(), ModelError> {
+        let tokens = self.len + tokens;
+        if tokens > self.max_positions {
+            return Err(ModelError::TooLong {
+                what: "the context",
+                tokens,
+                limit: self.max_positions,
+            });
+        }
+        if tokens > self.capacity {
+            return Err(ModelError::TooLong { what: "the cache", tokens, limit: self.capacity });
+        }
+        Ok(())
+    }
+
+    /// Counts tokens that every layer has taken in.
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.len += tokens;
+    }
+}
+
+impl LayerCache {
+    /// Puts keys `[tokens, kv_heads * qk_dim]` and values `[tokens, kv_heads * v_dim]` at positions from `at` on.
+    ///
+    /// The caller has checked that they fit.
+    pub(crate) fn put(&mut self, at: usize, keys: &[f32], values: &[f32]) {
+        for (all, new, dim) in
+            [(&mut self.keys, keys, self.qk_dim), (&mut self.values, values, self.v_dim)]
+        {
+            for (token, row) in new.chunks_exact(self.kv_heads * dim).enumerate() {
+                for (head, part) in row.chunks_exact(dim).enumerate() {
+                    let to = (head * self.capacity + at + token) * dim;
+                    all[to..to + dim].copy_from_slice(part);
+                }
+            }
+        }
+    }
+
+    /// The first `count` positions.
+    pub(crate) fn view(&self, count: usize) -> KeyValues<'_> {
+        KeyValues {
+            keys: &self.keys,
+            values: &self.values,
+            count,
+            key_strides: (self.qk_dim, self.capacity * self.qk_dim),
+            value_strides: (self.v_dim, self.capacity * self.v_dim),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What can be wrong with a model.
+
+use std::path::PathBuf;
+
+use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+use moe_merge_kernels::KernelError;
+
+/// An error about a configuration, its weights, or a pass through them.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The configuration asks for something that is not done, or lacks a key.
+    #[error("config key `{key}` cannot be used")]
+    Config {
+        /// `config.json`, or the file that takes its place.
+        file: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value as JSON, or `absent`.
+        found: String,
+        /// What is understood.
+        expected: String,
+    },
+    /// Weights are missing, misshapen or unreadable.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// More tokens than the model or the cache holds.
+    #[error("{tokens} tokens do not fit into {what} of {limit}")]
+    TooLong {
+        /// `the context` or `the cache`.
+        what: &'static str,
+        /// Tokens there would be.
+        tokens: usize,
+        /// Tokens there can be.
+        limit: usize,
+    },
+    /// A token id beyond the vocabulary.
+    #[error("token {token} is not in the vocabulary")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A router gave NaN or infinity.
+    #[error("router of layer {layer} failed: {source}")]
+    Router {
+        /// The layer.
+        layer: usize,
+        /// What the kernel says, token counted from the start of the pass.
+        #[source]
+        source: KernelError,
+    },
+    /// A kernel refused its sizes: a mistake of this program.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The tensor library failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// What a visitor of a probe stopped with.
+    #[error("{0}")]
+    Stopped(String),
+}
+
+impl Explain for ModelError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::TooLong { .. } | Self::Token { .. } => Kind::Usage,
+            _ => Kind::Input,
+        }
+    }
+
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Config { file, key, found, expected } => vec![
+                ("file", file.display().to_string()),
+                ("key", key.clone()),
+                ("expected", expected.clone()),
+                ("found", found.clone()),
+            ],
+            Self::Checkpoint(e) => e.fields(),
+            Self::TooLong { tokens, limit, .. } => vec![
+                ("expected", format!("at most {limit} tokens")),
+                ("found", format!("{tokens} tokens")),
+            ],
+            Self::Token { token, vocab } => {
+                vec![("expected", format!("token ids below {vocab}")), ("found", token.to_string())]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Checkpoint(e) => e.hint(),
+            Self::TooLong { what: "the context", .. } => {
+                Some("shorten the text, or take a smaller window".into())
+            }
+            Self::Router { .. } => Some(
+                "NaN or infinity came up on the way; `moe-merge verify` finds damaged weights"
+                    .into(),
+            ),
+            _ => None,
+        }
+    }
+}

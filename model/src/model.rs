@@ -1,0 +1,211 @@
+//! The whole model: embedding, layers, head.
+
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+use moe_merge_checkpoint::{Source, WeightRef};
+use moe_merge_kernels::{RopeSpec, RopeTable, Routing};
+
+use crate::cache::Cache;
+use crate::error::ModelError;
+use crate::layer::{Layer, Past, norm};
+use crate::ops::{FrozenLinear, RmsNorm, to_vec};
+use crate::spec::Spec;
+use crate::weights::Weights;
+
+/// For which tokens of a pass logits are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitRows {
+    /// Every token.
+    All,
+    /// The last one.
+    Last,
+}
+
+/// A model that runs: its weights are views of the files they lie in.
+#[derive(Debug, Clone)]
+pub struct Model {
+    spec: Spec,
+    embedding: WeightRef,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: FrozenLinear,
+}
+
+/// The experts that the tokens of a pass visited in one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRouting {
+    /// The layer.
+    pub layer: usize,
+    /// Experts there are in it.
+    pub experts: usize,
+    /// Ids and weights.
+    pub routing: Routing,
+}
+
+impl Model {
+    /// Opens a model. Nothing is copied but norms and biases, and weights that have to be computed.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for what is not done; [`ModelError::Checkpoint`] for missing or misshapen tensors.
+    pub fn open(source: &Source) -> Result<Self, ModelError> {
+        let spec = Spec::of(source)?;
+        let weights = Weights::new(source, &spec)?;
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        Ok(Self {
+            layers: (0..spec.layers.len())
+                .map(|l| Layer::load(&weights, &spec, l))
+                .collect::<Result<_, _>>()?,
+            norm: norm(&weights, &spec, "model.norm.weight")?,
+            head: FrozenLinear::new(head, None),
+            embedding,
+            spec,
+        })
+    }
+
+    /// What the model is made of.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Logits of `tokens` that follow those in `cache`; the cache then holds them too.
+    ///
+    /// * returns `[rows, vocab]` f32, rows as `rows` says
+    ///
+    /// # Errors
+    /// [`ModelError::TooLong`], [`ModelError::Token`], [`ModelError::Router`]; the cache is then as before.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: LogitRows,
+    ) -> Result<Vec<f32>, ModelError> {
+        if tokens.is_empty() {
+            return Ok(Vec::new());
+        }
+        cache.check(tokens.len())?;
+        let start = cache.len() as u32;
+        let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
+        let mut tables = Tables::new(&positions);
+        let mut x = embed(&self.spec, &self.embedding, tokens)?;
+        let held = cache.len();
+        for (layer, kept) in self.layers.iter().zip(&mut cache.layers) {
+            let table = tables.of(layer.rope());
+            x = layer.forward(&self.spec, &x, table, Past::Cache(kept, held))?.stream;
+        }
+        cache.advance(tokens.len());
+        if rows == LogitRows::Last {
+            x = x.narrow(0, tokens.len() - 1, 1)?.contiguous()?;
+        }
+        self.logits(&self.norm.forward(&x)?)
+    }
+
+    /// The stream at every depth, and the logits: `hidden_0` (embeddings) to `hidden_L` (after the final norm), each
+    /// `[tokens, hidden]`, as transformers' `output_hidden_states` gives them.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn hidden_states(&self, tokens: &[u32]) -> Result<(Vec<Vec<f32>>, Vec<f32>), ModelError> {
+        let mut states = Vec::new();
+        let x = self.whole(tokens, |x, _| states.push(x.clone()))?;
+        let last = self.norm.forward(&x)?;
+        let logits = self.logits(&last)?;
+        states.push(last);
+        Ok((states.iter().map(to_vec).collect::<Result<_, _>>()?, logits))
+    }
+
+    /// The experts that each of `tokens` visits, for every MoE layer.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn routing(&self, tokens: &[u32]) -> Result<Vec<LayerRouting>, ModelError> {
+        let mut list = Vec::new();
+        self.whole(tokens, |_, routing| list.extend(routing))?;
+        Ok(list)
+    }
+
+    /// One sequence through all layers; `see` gets the stream before each layer and the routing in it.
+    fn whole(
+        &self,
+        tokens: &[u32],
+        mut see: impl FnMut(&Tensor, Option<LayerRouting>),
+    ) -> Result<Tensor, ModelError> {
+        check_length(&self.spec, tokens.len())?;
+        let sequences = [Range { start: 0, end: tokens.len() }];
+        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+        let mut tables = Tables::new(&positions);
+        let mut x = embed(&self.spec, &self.embedding, tokens)?;
+        for (l, layer) in self.layers.iter().enumerate() {
+            let table = tables.of(layer.rope());
+            let passed = layer.forward(&self.spec, &x, table, Past::None(&sequences))?;
+            let routing = passed.routing.map(|routing| LayerRouting {
+                layer: l,
+                experts: layer.experts(),
+                routing,
+            });
+            see(&x, routing);
+            x = passed.stream;
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, x: &Tensor) -> Result<Vec<f32>, ModelError> {
+        let mut logits = to_vec(&self.head.forward(x)?)?;
+        if self.spec.logits_divisor != 1.0 {
+            logits.iter_mut().for_each(|l| *l /= self.spec.logits_divisor);
+        }
+        if let Some(cap) = self.spec.final_softcap {
+            logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
+        }
+        Ok(logits)
+    }
+}
+
+/// Rotary tables of one pass, one for each set of frequencies.
+pub(crate) struct Tables<'a> {
+    positions: &'a [u32],
+    made: Vec<(RopeSpec, RopeTable)>,
+}
+
+impl<'a> Tables<'a> {
+    pub fn new(positions: &'a [u32]) -> Self {
+        Self { positions, made: Vec::new() }
+    }
+
+    pub fn of(&mut self, spec: &RopeSpec) -> &RopeTable {
+        let at = self.made.iter().position(|(s, _)| s == spec).unwrap_or_else(|| {
+            self.made.push((*spec, RopeTable::new(spec, self.positions)));
+            self.made.len() - 1
+        });
+        &self.made[at].1
+    }
+}
+
+/// Whether a sequence fits the context.
+pub(crate) fn check_length(spec: &Spec, tokens: usize) -> Result<(), ModelError> {
+    if tokens <= spec.max_positions {
+        return Ok(());
+    }
+    Err(ModelError::TooLong { what: "the context", tokens, limit: spec.max_positions })
+}
+
+/// Embeddings of `tokens`, `[tokens, hidden]`.
+pub(crate) fn embed(
+    spec: &Spec,
+    embedding: &WeightRef,
+    tokens: &[u32],
+) -> Result<Tensor, ModelError> {
+    let mut x = vec![0.0; tokens.len() * spec.hidden];
+    for (row, &token) in x.chunks_exact_mut(spec.hidden).zip(tokens) {
+        let at = token as usize;
+        if at >= spec.vocab {
+            return Err(ModelError::Token { token, vocab: spec.vocab });
+        }
+        embedding.read_rows(at..at + 1, row)?;
+    }
+    if spec.embedding_scale != 1.0 {
+        x.iter_mut().for_each(|v| *v *= spec.embedding_scale);
+    }
+    Ok(Tensor::from_vec(x, (tokens.len(), spec.hidden), &Device::Cpu)?)
+}

@@ -1,0 +1,100 @@
+//! Tensors of a source, checked and ready for use.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use moe_merge_checkpoint::weight::{OwnedWeight, RowSlice};
+use moe_merge_checkpoint::{CheckpointError, Source, WeightRef, layout};
+
+use crate::error::ModelError;
+use crate::ops::FrozenLinear;
+use crate::spec::Spec;
+
+/// Tensors by Hub name, with the shapes that a spec expects.
+pub(crate) struct Weights {
+    tensors: BTreeMap<String, WeightRef>,
+    expected: BTreeMap<String, Vec<usize>>,
+    path: PathBuf,
+}
+
+impl Weights {
+    pub fn new(source: &Source, spec: &Spec) -> Result<Self, ModelError> {
+        Ok(Self {
+            tensors: layout::canonical(source.tensors.clone(), &source.config)?,
+            expected: spec.expected_tensors().into_iter().collect(),
+            path: source.path.clone(),
+        })
+    }
+
+    /// Whether the spec expects a tensor of this name.
+    pub fn expects(&self, name: &str) -> bool {
+        self.expected.contains_key(name)
+    }
+
+    /// A tensor with bytes, of the shape expected; one that is computed is computed here, once.
+    pub fn get(&self, name: &str) -> Result<WeightRef, ModelError> {
+        let weight = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
+            file: self.path.clone(),
+            tensor: name.to_owned(),
+            nearest: nearest(name, self.tensors.keys()),
+        })?;
+        if let Some(shape) = self.expected.get(name) {
+            weight.expect_shape(shape, "from the sizes in the configuration")?;
+        }
+        if weight.bytes().is_some() {
+            return Ok(weight.clone());
+        }
+        Ok(Arc::new(OwnedWeight::materialise(&**weight)?))
+    }
+
+    /// A small tensor as f32 numbers.
+    pub fn vector(&self, name: &str) -> Result<Arc<[f32]>, ModelError> {
+        Ok(self.get(name)?.to_f32()?.into())
+    }
+
+    /// `MODULE.weight`, and `MODULE.bias` where the spec expects one.
+    pub fn linear(&self, module: &str) -> Result<FrozenLinear, ModelError> {
+        let bias = format!("{module}.bias");
+        let bias = if self.expects(&bias) { Some(self.vector(&bias)?) } else { None };
+        Ok(FrozenLinear::new(self.get(&format!("{module}.weight"))?, bias))
+    }
+
+    /// `MODULE.weight` (and bias) cut into linear layers of so many rows each.
+    pub fn cut<const N: usize>(
+        &self,
+        module: &str,
+        rows: [usize; N],
+    ) -> Result<[FrozenLinear; N], ModelError> {
+        let weight = self.get(&format!("{module}.weight"))?;
+        let bias = format!("{module}.bias");
+        let bias = if self.expects(&bias) { Some(self.vector(&bias)?) } else { None };
+        let mut from = 0;
+        Ok(rows.map(|rows| {
+            let range = from..from + rows;
+            from += rows;
+            let bias = bias.as_ref().map(|b| b[range.clone()].into());
+            FrozenLinear::new(Arc::new(RowSlice::new(weight.clone(), range)), bias)
+        }))
+    }
+
+    /// Lets the pages of all tensors below `prefix` leave memory.
+    pub fn release(&self, prefix: &str) {
+        for (_, weight) in
+            self.tensors.range(prefix.to_owned()..).take_while(|(n, _)| n.starts_with(prefix))
+        {
+            weight.release();
+        }
+    }
+}
+
+/// The name that shares the longest beginning and ending with `name`.
+fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a String>) -> Option<String> {
+    let common = |other: &&String| {
+        let ahead = name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+        let behind =
+            name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
+        ahead + behind
+    };
+    names.max_by_key(common).cloned()
+}

@@ -1,0 +1,151 @@
+//! Every architecture against transformers: checkpoints and results lie in `golden/arch` and `golden/arch_v4`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use moe_merge_checkpoint::Source;
+use moe_merge_model::{Cache, LogitRows, Model, ModelError, Spec, probe};
+use moe_merge_testkit::golden::{self, Golden, LOGITS_F32, relative_difference};
+
+fn source(path: &Path) -> Source {
+    let name = path.display().to_string();
+    Source::open(&name.parse().unwrap(), Path::new(".")).unwrap()
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap() as u32
+}
+
+fn close(what: &str, found: &[f32], expected: &[f64]) {
+    let difference = relative_difference(found, expected);
+    assert!(difference <= LOGITS_F32, "{what}: relative difference {difference:e}");
+}
+
+/// Logits and hidden states of each row, whole and in two pieces; greedy text token by token; the probe.
+fn check(folder: &Path) {
+    let name = folder.display().to_string();
+    let expected = golden::load(&folder.join("expected.safetensors"));
+    let source = source(folder);
+    let model = Model::open(&source).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let ids = &expected["input_ids"];
+    let prompts: Vec<Vec<u32>> =
+        (0..ids.shape[0]).map(|row| ids.row(row).iter().map(|v| *v as u32).collect()).collect();
+    for (row, tokens) in prompts.iter().enumerate() {
+        let (hidden, logits) = model.hidden_states(tokens).unwrap();
+        assert_eq!(hidden.len(), model.spec().layers.len() + 1);
+        for (i, state) in hidden.iter().enumerate() {
+            close(&format!("{name} hidden {i}"), state, expected[&format!("hidden_{i}")].row(row));
+        }
+        let wanted = expected["logits"].row(row);
+        close(&format!("{name} logits"), &logits, wanted);
+        let mut cache = Cache::new(&model, tokens.len());
+        let mut pieces = model.forward(&tokens[..11], &mut cache, LogitRows::All).unwrap();
+        pieces.extend(model.forward(&tokens[11..], &mut cache, LogitRows::All).unwrap());
+        close(&format!("{name} logits in two pieces"), &pieces, wanted);
+    }
+    greedy(&name, &model, &prompts[0][..8], &expected);
+    probed(&name, &source, &prompts, &expected);
+    let found: BTreeMap<_, _> =
+        source.tensors.iter().map(|(n, w)| (n.clone(), w.shape().to_vec())).collect();
+    let listed: BTreeMap<_, _> = model.spec().expected_tensors().into_iter().collect();
+    assert_eq!(found, listed, "{name}: tensors of the file against those of the spec");
+}
+
+fn greedy(name: &str, model: &Model, prompt: &[u32], expected: &BTreeMap<String, Golden>) {
+    let wanted = expected["greedy"].ids();
+    let new = if wanted[..8] == *prompt { &wanted[8..] } else { &wanted[..] };
+    let mut cache = Cache::new(model, 8 + new.len());
+    let mut logits = model.forward(prompt, &mut cache, LogitRows::Last).unwrap();
+    for (i, token) in new.iter().enumerate() {
+        assert_eq!(argmax(&logits), *token, "{name}: greedy token {i}");
+        logits = model.forward(&[*token], &mut cache, LogitRows::Last).unwrap();
+    }
+    assert_eq!(cache.len(), 8 + new.len());
+}
+
+fn probed(name: &str, source: &Source, prompts: &[Vec<u32>], expected: &BTreeMap<String, Golden>) {
+    let mut seen = 0;
+    probe(source, prompts, &mut |p| {
+        assert_eq!(p.layer, seen);
+        seen += 1;
+        for (row, stream) in p.stream.iter().enumerate() {
+            let wanted = expected[&format!("hidden_{}", p.layer)].row(row);
+            close(&format!("{name} probe {}", p.layer), stream, wanted);
+            assert_eq!(p.router_input[row].len(), stream.len());
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, Spec::of(source).unwrap().layers.len());
+}
+
+fn check_all(root: &str, count: usize) {
+    let Some(root) = moe_merge_testkit::shared(root) else { return };
+    let mut folders: Vec<_> = std::fs::read_dir(root)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| p.is_dir())
+        .collect();
+    folders.sort();
+    assert_eq!(folders.len(), count);
+    folders.iter().for_each(|f| check(f));
+}
+
+#[test]
+fn written_by_transformers_5() {
+    check_all("golden/arch", 17);
+}
+
+#[test]
+fn written_by_transformers_4() {
+    check_all("golden/arch_v4", 9);
+}
+
+#[test]
+fn limits_are_errors() {
+    let Some(folder) = moe_merge_testkit::shared("golden/arch/llama") else { return };
+    let model = Model::open(&source(&folder)).unwrap();
+    let mut cache = Cache::new(&model, 4);
+    let mut run = |tokens: &[u32]| model.forward(tokens, &mut cache, LogitRows::Last);
+    assert!(matches!(
+        run(&[1; 5]),
+        Err(ModelError::TooLong { what: "the cache", tokens: 5, limit: 4 })
+    ));
+    assert!(matches!(run(&[1, 128]), Err(ModelError::Token { token: 128, vocab: 128 })));
+    run(&[1; 4]).unwrap();
+    assert!(matches!(run(&[1]), Err(ModelError::TooLong { tokens: 5, .. })));
+    cache.clear();
+    assert!(model.forward(&[1], &mut cache, LogitRows::Last).is_ok());
+    let mut wide = Cache::new(&model, 1000);
+    let long = model.forward(&[1; 257], &mut wide, LogitRows::Last);
+    assert!(matches!(long, Err(ModelError::TooLong { what: "the context", limit: 256, .. })));
+    assert!(model.hidden_states(&[1; 257]).is_err());
+}
+
+#[test]
+fn a_missing_and_a_misshapen_tensor_are_named() {
+    let Some(folder) = moe_merge_testkit::shared("golden/arch/llama") else { return };
+    let good = source(&folder);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let mut bad = good.clone();
+    let weight = bad.tensors.remove(name).unwrap();
+    let error = Model::open(&bad).unwrap_err();
+    assert!(format!("{error:?}").contains(name), "{error:?}");
+    let narrow = moe_merge_checkpoint::weight::RowSlice::new(weight, 0..47);
+    bad.tensors.insert(name.to_owned(), std::sync::Arc::new(narrow));
+    let error = Model::open(&bad).unwrap_err();
+    assert!(format!("{error:?}").contains("[48, 32]"), "{error:?}");
+}
+
+#[test]
+fn routing_covers_every_token() {
+    let Some(folder) = moe_merge_testkit::shared("golden/arch/qwen2_moe_mixed") else { return };
+    let model = Model::open(&source(&folder)).unwrap();
+    let routing = model.routing(&[1, 5, 7, 9]).unwrap();
+    assert_eq!(routing.len(), 1);
+    assert_eq!((routing[0].layer, routing[0].experts), (1, 4));
+    assert_eq!(routing[0].routing.ids.len(), 8);
+    for pair in routing[0].routing.weights.chunks(2) {
+        assert!((pair[0] + pair[1] - 1.0).abs() < 1e-5 && pair[0] >= pair[1]);
+    }
+}
