@@ -1,4 +1,45 @@
 //! The command line.
 
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod args;
+mod commands;
+mod exit;
+mod progress;
+mod render;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::args::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    exit::on_interrupt();
+    log_to_stderr(cli.common.verbose);
+    if let Some(threads) = cli.common.threads {
+        // It fails only where a pool exists already, which nothing before this makes.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+    }
+    let Some(command) = &cli.command else {
+        let _ = Cli::command().print_help();
+        return exit::code(moe_merge_checkpoint::Kind::Usage);
+    };
+    match commands::run(command, &cli.common) {
+        Ok(outcome) => outcome.into(),
+        Err(failure) => render::failure(&failure),
+    }
+}
+
+/// Shows what the libraries log: nothing by default, `RUST_LOG` overrides.
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => "off",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

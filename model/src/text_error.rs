@@ -4,12 +4,17 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 
+use crate::error::ModelError;
+
 /// An error about a tokenizer, a chat template, a text or a sampling parameter.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// Reading a side file failed.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The forward pass failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// The model has no `tokenizer.json`.
     #[error("the model has no tokenizer")]
     NoTokenizer {
@@ -106,6 +111,7 @@ impl Explain for TextError {
     fn kind(&self) -> Kind {
         match self {
             Self::Checkpoint(e) => e.kind(),
+            Self::Model(e) => e.kind(),
             Self::Parameter { .. }
             | Self::UnknownToken { .. }
             | Self::EmptyText { .. }
@@ -117,6 +123,7 @@ impl Explain for TextError {
     fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Checkpoint(e) => e.fields(),
+            Self::Model(e) => e.fields(),
             Self::NoTokenizer { path, found } => vec![
                 ("path", path.display().to_string()),
                 ("expected", "`tokenizer.json`".into()),
@@ -172,6 +179,7 @@ impl Explain for TextError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Checkpoint(e) => e.hint(),
+            Self::Model(e) => e.hint(),
             Self::NoTokenizer { .. } => Some(
                 "copy `tokenizer.json` and `tokenizer_config.json` of the base model into the folder; \
                  `AutoTokenizer.from_pretrained(…).save_pretrained(…)` of transformers makes them from `tokenizer.model`"

@@ -1,0 +1,222 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Merge fine-tuned checkpoints of one base into a mixture-of-experts model.
+#[derive(Debug, Parser)]
+#[command(name = "moe-merge", version, about, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(arg_required_else_help = true)]
+#[command(
+    after_help = "SOURCE and PATH: a folder, a `.gguf` file, or `org/name[@revision]` in the local Hub cache, \
+any of them `+ADAPTER`.\nA recipe that is called like a command is written `./inspect`.\n\
+Exit codes: 0 done, 1 a check said no, 2 wrong usage or recipe, 3 input unreadable or corrupt, 4 no room, 130 interrupted."
+)]
+pub struct Cli {
+    /// What to build, when no command is named.
+    #[command(flatten)]
+    pub build: Option<BuildArgs>,
+    /// Options of every command.
+    #[command(flatten)]
+    pub common: Common,
+    /// The command, if one is named.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// Print one JSON document, with a `version` field, on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Threads to use [default: one for each core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// No progress bar, no notes
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Tell more on stderr; twice for details
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+}
+
+/// The main job: builds what a recipe says.
+#[derive(Debug, Clone, Args)]
+pub struct BuildArgs {
+    /// Recipe: what goes in and what comes out
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Folder to write, as `mergekit-moe` takes it
+    #[arg(value_name = "OUT_PATH", conflicts_with = "out")]
+    pub out_path: Option<PathBuf>,
+    /// Folder to write [default: `output:` of the recipe, else `merged/<recipe name>`]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Replace the folder if it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Print the plan with its peak memory and disk; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How the tensors of experts are laid out
+    #[arg(long, value_enum, default_value_t = Layout::Hub)]
+    pub layout: Layout,
+}
+
+impl BuildArgs {
+    /// The folder that was named, in either way.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the recipe build is to ask for it"))]
+    pub fn output(&self) -> Option<&PathBuf> {
+        self.out.as_ref().or(self.out_path.as_ref())
+    }
+}
+
+/// How the tensors of experts are laid out in an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// One tensor for each expert: what every program loads
+    Hub,
+    /// All experts in one tensor: the own layout of transformers 5
+    Fused,
+}
+
+/// A command beside the main job.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what a model is made of: family, layout, experts, tensors, dtypes, bytes, provenance
+    Inspect(PathArgs),
+    /// Check that every tensor is there, has its shape, is finite, and that files are as the manifest says
+    Verify(PathArgs),
+    /// Write the logits and hidden states of given tokens, for parity checks
+    Logits(LogitsArgs),
+    /// Measure how well a model predicts texts
+    Perplexity(PerplexityArgs),
+    /// Continue a text, or answer a message
+    Generate(GenerateArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+/// A model.
+#[derive(Debug, Args)]
+pub struct PathArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+}
+
+/// Arguments of `logits`.
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+    /// Token ids, with commas between them
+    #[arg(long, value_name = "IDS", required = true, value_delimiter = ',')]
+    pub tokens: Vec<u32>,
+    /// File to write: `logits [tokens, vocab]` and `hidden_i [tokens, hidden]`, f32
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub out: PathBuf,
+}
+
+/// Arguments of `perplexity`.
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+    /// Text files, in UTF-8
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    pub text: Vec<PathBuf>,
+    /// Tokens the model sees at once, the beginning-of-text token included [default: 512, or the context if shorter]
+    #[arg(long, value_name = "N")]
+    pub window: Option<usize>,
+    /// Text tokens from window to window [default: windows do not overlap]
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+    /// Text to continue; with `--chat`, the message to answer
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// Most tokens to write
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: usize,
+    /// Randomness; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Choose among the likeliest tokens whose probabilities reach this sum
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Choose among this many of the likeliest tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Seed of the random choices
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Apply the chat template of the model
+    #[arg(long)]
+    pub chat: bool,
+    /// Go on after end-of-text tokens, for timing
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_recipe_needs_no_command_word() {
+        let cli = parse("moe-merge a.yaml --out o --force --threads 2 -q --layout fused").unwrap();
+        let build = cli.build.unwrap();
+        assert_eq!(build.recipe, PathBuf::from("a.yaml"));
+        assert_eq!(build.output(), Some(&PathBuf::from("o")));
+        assert!(build.force && !build.dry_run && build.layout == Layout::Fused);
+        assert!(cli.command.is_none() && cli.common.quiet && cli.common.threads == Some(2));
+        let build = parse("moe-merge config.yml out/").unwrap().build.unwrap();
+        assert_eq!(build.output(), Some(&PathBuf::from("out/")));
+        assert!(parse("moe-merge config.yml out/ --out other").is_err());
+    }
+
+    #[test]
+    fn a_recipe_called_like_a_command_still_works() {
+        let build = parse("moe-merge ./inspect").unwrap().build.unwrap();
+        assert_eq!(build.recipe, PathBuf::from("./inspect"));
+        let cli = parse("moe-merge inspect models/base --json").unwrap();
+        assert!(cli.build.is_none() && cli.common.json);
+        assert!(
+            matches!(cli.command, Some(Command::Inspect(PathArgs { path })) if path == "models/base")
+        );
+    }
+
+    #[test]
+    fn token_ids_are_numbers() {
+        let cli = parse("moe-merge logits m --tokens 1,5,7 --out x.safetensors").unwrap();
+        assert!(
+            matches!(cli.command, Some(Command::Logits(LogitsArgs { tokens, .. })) if tokens == [1, 5, 7])
+        );
+        assert!(parse("moe-merge logits m --tokens 1,x --out x.safetensors").is_err());
+        assert!(parse("moe-merge inspect m --threads 0").is_err());
+    }
+}

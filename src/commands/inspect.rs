@@ -1,0 +1,140 @@
+//! `inspect PATH`: what a model is made of.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use moe_merge_checkpoint::manifest::Manifest;
+use moe_merge_checkpoint::summary::ExpertLayout;
+use moe_merge_checkpoint::{Source, Summary};
+
+use crate::args::{Common, PathArgs};
+use crate::exit::Outcome;
+use crate::render::{self, Failure, aligned, bytes, count};
+
+/// Shows a model.
+pub fn run(args: &PathArgs, common: &Common) -> Result<Outcome, Failure> {
+    let source = super::open(&args.path, common)?;
+    let summary = Summary::of(&source);
+    let manifest = Manifest::load(&source.path)?;
+    if common.json {
+        render::json(&document(&source, &summary, manifest.as_ref()))?;
+    } else {
+        render::out(&text(&source, &summary, manifest.as_ref()))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn format_of(source: &Source) -> &'static str {
+    let gguf = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if source.files.iter().any(|f| gguf(f)) { "gguf" } else { "safetensors" }
+}
+
+fn document(source: &Source, summary: &Summary, manifest: Option<&Manifest>) -> Value {
+    let sizes: Map<String, Value> =
+        summary.sizes.iter().map(|(key, size)| ((*key).to_owned(), json!(size))).collect();
+    let dtypes: Map<String, Value> = summary
+        .dtypes
+        .iter()
+        .map(|(d, s)| (d.to_string(), json!({"tensors": s.tensors, "bytes": s.bytes})))
+        .collect();
+    let files: Vec<Value> = summary
+        .files
+        .iter()
+        .map(|f| {
+            let role = f.role.map(|r| r.to_string());
+            json!({"name": f.name, "bytes": f.bytes, "tensors": f.tensors, "role": role})
+        })
+        .collect();
+    json!({
+        "version": 1,
+        "path": source.label,
+        "format": format_of(source),
+        "family": summary.family,
+        "architecture": summary.architecture,
+        "layout": summary.layout.name(),
+        "sizes": sizes,
+        "experts": summary.experts,
+        "experts_per_token": summary.experts_per_token,
+        "tensors": summary.tensors,
+        "parameters": summary.parameters,
+        "bytes": summary.bytes,
+        "dtypes": dtypes,
+        "other_tensors": source.other,
+        "files": files,
+        "side_files": source.side.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(),
+        "provenance": manifest,
+        "notes": source.notes,
+    })
+}
+
+fn text(source: &Source, summary: &Summary, manifest: Option<&Manifest>) -> String {
+    let mut fields = vec![("family", family(summary))];
+    fields.push(("format", format!("{}, {} layout", format_of(source), summary.layout.name())));
+    if let Some(experts) = summary.experts {
+        let used =
+            summary.experts_per_token.map(|k| format!(", {k} per token")).unwrap_or_default();
+        fields.push(("experts", format!("{experts}{used}")));
+    }
+    fields.extend(summary.sizes.iter().map(|(key, size)| (*key, size.to_string())));
+    fields.push((
+        "tensors",
+        format!(
+            "{}, {} numbers, {}",
+            count(summary.tensors),
+            count(summary.parameters as usize),
+            bytes(summary.bytes)
+        ),
+    ));
+    let dtypes = summary.dtypes.iter();
+    let dtypes: Vec<String> =
+        dtypes.map(|(d, s)| format!("{d}: {} tensors, {}", s.tensors, bytes(s.bytes))).collect();
+    fields.push(("dtypes", dtypes.join("\n")));
+    let files: Vec<(&str, String)> = summary
+        .files
+        .iter()
+        .map(|f| {
+            let role = f.role.map(|r| format!(", {r}")).unwrap_or_default();
+            (f.name.as_str(), format!("{}, {} tensors{role}", bytes(f.bytes), f.tensors))
+        })
+        .collect();
+    fields.push(("files", aligned(&files).lines().map(str::trim).collect::<Vec<_>>().join("\n")));
+    if !source.other.is_empty() {
+        fields.push(("not weights", source.other.join("\n")));
+    }
+    let side: Vec<&str> = source.side.iter().map(|s| s.name.as_str()).collect();
+    fields.push(("side files", if side.is_empty() { "none".into() } else { side.join(", ") }));
+    fields.extend(manifest.map(|m| ("provenance", provenance(m))));
+    if !source.notes.is_empty() {
+        fields.push(("notes", source.notes.join("\n")));
+    }
+    format!("{}\n{}", source.label, aligned(&fields))
+}
+
+fn family(summary: &Summary) -> String {
+    let family = if summary.family.is_empty() { "unknown" } else { &summary.family };
+    let class = summary.architecture.as_ref().map(|a| format!(" ({a})")).unwrap_or_default();
+    let kind = if summary.layout == ExpertLayout::Dense && summary.experts.is_none() {
+        ", dense"
+    } else {
+        ""
+    };
+    format!("{family}{class}{kind}")
+}
+
+fn provenance(manifest: &Manifest) -> String {
+    let mut lines = vec![format!(
+        "moe-merge {}, generation {}, seed {}",
+        manifest.tool_version, manifest.generation, manifest.seed
+    )];
+    lines.extend(manifest.gate_mode.iter().map(|mode| format!("gates: {mode}")));
+    if !manifest.experts.is_empty() {
+        lines.push(format!("experts: {}", manifest.experts.join(", ")));
+    }
+    for source in &manifest.sources {
+        let hashes: Vec<&str> =
+            source.files.iter().map(|f| f.blake3.get(..8).unwrap_or(&f.blake3)).collect();
+        lines.push(format!("{}: {} ({})", source.role, source.label, hashes.join(", ")));
+    }
+    lines.join("\n")
+}
