@@ -118,6 +118,22 @@ pub fn perplexity(
     windows: Windows,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, TextError> {
+    let tokens = tokenizer.encode(text)?;
+    perplexity_of_tokens(model, &tokens, tokenizer.bos(), origin, windows, progress)
+}
+
+/// [`perplexity`] of a text whose tokens are known; `bos` stands before each window.
+///
+/// # Errors
+/// As [`perplexity`].
+pub fn perplexity_of_tokens(
+    model: &Model,
+    tokens: &[u32],
+    bos: Option<u32>,
+    origin: &str,
+    windows: Windows,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Perplexity, TextError> {
     let context = model.spec().max_positions;
     if windows.window > context {
         return Err(TextError::TooLong {
@@ -127,13 +143,12 @@ pub fn perplexity(
             hint: format!("`--window {context}` is the most this model can see at once"),
         });
     }
-    let tokens = tokenizer.encode(text)?;
     let vocab = model.spec().vocab;
     let mut logits = |window: &[u32]| {
         let mut cache = Cache::new(model, window.len());
         Ok(model.forward(window, &mut cache, LogitRows::All)?)
     };
-    score(&tokens, tokenizer.bos(), windows, vocab, origin, &mut logits, progress)
+    score(tokens, bos, windows, vocab, origin, &mut logits, progress)
 }
 
 /// The arithmetic of [`perplexity`], for any function from tokens to logits `[tokens, vocab]`.

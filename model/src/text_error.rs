@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::error::ModelError;
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+
+use crate::error::ModelError;
 
 /// An error about a tokenizer, a chat template, a text or a sampling parameter.
 #[derive(Debug, thiserror::Error)]
@@ -11,7 +12,7 @@ pub enum TextError {
     /// Reading a side file failed.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Running the model failed.
+    /// The forward pass failed.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// The model has no `tokenizer.json`.

@@ -84,6 +84,7 @@ pub struct Verification {
 /// Tensors are read in parallel, each by blocks, and their pages are given back, so that memory stays bounded.
 ///
 /// * `expected`: names and shapes by the config
+/// * `optional`: the same of tensors that may be absent
 /// * `progress`: told the bytes that were read, from any thread
 ///
 /// # Errors
@@ -91,15 +92,20 @@ pub struct Verification {
 pub fn verify(
     source: &Source,
     expected: &[(String, Vec<usize>)],
+    optional: &[(String, Vec<usize>)],
     interrupt: &Interrupt,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Verification, CheckpointError> {
-    let expected: BTreeMap<&str, &[usize]> =
-        expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
+    let known: BTreeMap<&str, (&[usize], bool)> = expected
+        .iter()
+        .map(|(name, shape)| (name.as_str(), (shape.as_slice(), true)))
+        .chain(optional.iter().map(|(name, shape)| (name.as_str(), (shape.as_slice(), false))))
+        .collect();
     let mut findings = Vec::new();
-    for (&tensor, &shape) in &expected {
+    for (&tensor, &(shape, required)) in &known {
         let tensor = tensor.to_owned();
         match source.tensors.get(&tensor) {
+            None if !required => {}
             None => findings.push(Finding::Missing { tensor, shape: shape.to_vec() }),
             Some(weight) if weight.shape() != shape => findings.push(Finding::Shape {
                 tensor,
@@ -109,7 +115,7 @@ pub fn verify(
             Some(_) => {}
         }
     }
-    let extra = source.tensors.keys().filter(|n| !expected.contains_key(n.as_str()));
+    let extra = source.tensors.keys().filter(|n| !known.contains_key(n.as_str()));
     let extra: Vec<String> = extra.cloned().collect();
     let tensors: Vec<(&String, &WeightRef)> = source.tensors.iter().collect();
     let checked: Vec<Option<Finding>> = tensors
@@ -196,7 +202,7 @@ mod tests {
         let count = |n| {
             bytes.fetch_add(n, Ordering::Relaxed);
         };
-        let found = verify(&source, &expected, &Interrupt::default(), &count).unwrap();
+        let found = verify(&source, &expected, &[], &Interrupt::default(), &count).unwrap();
         assert_eq!((found.tensors, found.bytes, found.hashed), (3, 36, None));
         assert_eq!(bytes.into_inner(), 36);
         assert_eq!(found.extra, ["d"]);
@@ -228,7 +234,7 @@ mod tests {
         let source = Source::open(&path.display().to_string().parse().unwrap(), &path).unwrap();
         let interrupt = Interrupt::default();
         interrupt.trigger();
-        let error = verify(&source, &[], &interrupt, &|_| {}).unwrap_err();
+        let error = verify(&source, &[], &[], &interrupt, &|_| {}).unwrap_err();
         assert!(matches!(error, CheckpointError::Interrupted));
     }
 }

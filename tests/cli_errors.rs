@@ -1,0 +1,80 @@
+//! Wrong calls: exit code, stdout and stderr.
+
+#[allow(dead_code)]
+mod cli;
+
+use cli::{base, file, run};
+
+#[test]
+fn wrong_usage_ends_with_two() {
+    for args in
+        [&["inspect"][..], &["logits", "m"], &["generate", "m"], &["inspect", "m", "--nope"]]
+    {
+        let found = run(args);
+        assert_eq!((found.code, found.stdout.as_str()), (2, ""), "{args:?}");
+        assert!(found.stderr.starts_with("error: "), "{}", found.stderr);
+    }
+    let found = run::<&str>(&[]);
+    assert_eq!((found.code, found.stdout.as_str()), (2, ""));
+    assert!(found.stderr.contains("Usage: moe-merge"), "{}", found.stderr);
+}
+
+#[test]
+fn a_path_that_does_not_exist_is_named() {
+    for command in ["inspect", "verify"] {
+        run(&[command, "/nowhere/model"]).fails(3, &["/nowhere/model"]);
+    }
+    run(&["generate", "/nowhere/model", "--prompt", "x"]).fails(3, &["/nowhere/model"]);
+}
+
+#[test]
+fn a_folder_without_a_model_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().display().to_string();
+    run(&["inspect", &path]).fails(3, &[&path]);
+    let broken = tempfile::tempdir().unwrap();
+    file(broken.path(), "config.json", b"{");
+    let path = broken.path().display().to_string();
+    run(&["inspect", &path]).fails(3, &["config.json", "JSON"]);
+}
+
+#[test]
+fn token_ids_outside_the_vocabulary_are_refused() {
+    let Some(base) = base() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("x.safetensors").display().to_string();
+    run(&["logits", &base, "--tokens", "1,1024", "--out", &out])
+        .fails(2, &["token id is outside the vocabulary", "0 to 1023", "1024"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let nowhere = dir.path().join("no/such/x.safetensors").display().to_string();
+    run(&["logits", &base, "--tokens", "1", "--out", &nowhere])
+        .fails(3, &["writing failed", &nowhere]);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    use std::process::{Command, Stdio};
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moe-merge"))
+        .args(["man"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
+}
+
+#[test]
+fn completions_and_manual_name_every_command() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let found = run(&["completions", shell]);
+        assert_eq!((found.code, found.stderr.as_str()), (0, ""));
+        assert!(found.stdout.contains("perplexity"), "{shell}");
+    }
+    let found = run(&["man"]);
+    assert_eq!((found.code, found.stderr.as_str()), (0, ""));
+    for command in ["inspect", "verify", "logits", "perplexity", "generate", "completions"] {
+        assert!(found.stdout.contains(command), "{command}");
+    }
+}
