@@ -68,7 +68,6 @@ pub struct BuildArgs {
 
 impl BuildArgs {
     /// The folder that was named, in either way.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the recipe build is to ask for it"))]
     pub fn output(&self) -> Option<&PathBuf> {
         self.out.as_ref().or(self.out_path.as_ref())
     }

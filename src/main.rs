@@ -22,11 +22,15 @@ fn main() -> ExitCode {
         // It fails only where a pool exists already, which nothing before this makes.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
     }
-    let Some(command) = &cli.command else {
-        let _ = Cli::command().print_help();
-        return exit::code(moe_merge_checkpoint::Kind::Usage);
+    let outcome = match (&cli.command, &cli.build) {
+        (Some(command), _) => commands::run(command, &cli.common),
+        (None, Some(recipe)) => commands::build(recipe, &cli.common),
+        (None, None) => {
+            let _ = Cli::command().print_help();
+            return exit::code(moe_merge_checkpoint::Kind::Usage);
+        }
     };
-    match commands::run(command, &cli.common) {
+    match outcome {
         Ok(outcome) => outcome.into(),
         Err(failure) => render::failure(&failure),
     }

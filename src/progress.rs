@@ -11,6 +11,8 @@ pub enum Unit {
     Bytes,
     /// Tokens.
     Tokens,
+    /// Layers of a model.
+    Layers,
 }
 
 /// A bar that shows what is done, what there is, and the time left.
@@ -29,6 +31,7 @@ impl Progress {
         let counts = match unit {
             Unit::Bytes => "{decimal_bytes}/{decimal_total_bytes}",
             Unit::Tokens => "{pos}/{len} tokens",
+            Unit::Layers => "{pos}/{len} layers",
         };
         let template = format!("{{bar:24}} {counts}  {{eta}} left  {{wide_msg}}");
         let style = ProgressStyle::with_template(&template);

@@ -202,7 +202,7 @@ impl Prepared {
             bos: prompts.bos,
             plain_base,
             same_as_base: recipe.experts.iter().map(|e| unchanged(e, base)).collect(),
-            domains: Domain::read_all(&recipe.evaluation, dir)?,
+            domains: Domain::read_all(&recipe.evaluation)?,
             target: text.target(options.out.as_ref(), recipe.output.as_ref()),
             provenance: Provenance {
                 recipe: Some(text.text.to_owned()),

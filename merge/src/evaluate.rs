@@ -1,6 +1,6 @@
 //! What a build did to text that nothing was fitted to: perplexity per domain, and who visits which expert.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{CheckpointError, Source};
@@ -21,15 +21,13 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// Reads the evaluation files of a recipe; relative paths start at `base_dir`.
+    /// Reads the evaluation files of a recipe.
     ///
     /// # Errors
     /// [`CheckpointError::Io`] if a file cannot be read, [`CheckpointError::Malformed`] if it is not UTF-8 or empty.
-    pub fn read_all(files: &[(String, PathBuf)], base_dir: &Path) -> Result<Vec<Self>, MergeError> {
-        let read = |(name, file): &(String, PathBuf)| {
-            let path = base_dir.join(file);
-            let bytes =
-                std::fs::read(&path).map_err(|e| CheckpointError::io("reading", &path, e))?;
+    pub fn read_all(files: &[(String, PathBuf)]) -> Result<Vec<Self>, MergeError> {
+        let read = |(name, path): &(String, PathBuf)| {
+            let bytes = std::fs::read(path).map_err(|e| CheckpointError::io("reading", path, e))?;
             let wrong = |found: String| CheckpointError::Malformed {
                 what: "evaluation text cannot be used".into(),
                 file: path.clone(),
@@ -42,7 +40,7 @@ impl Domain {
             if text.trim().is_empty() {
                 return Err(wrong("nothing but white space".into()).into());
             }
-            Ok(Self { name: name.clone(), text, path })
+            Ok(Self { name: name.clone(), text, path: path.clone() })
         };
         files.iter().map(read).collect()
     }

@@ -60,7 +60,7 @@ fn document(source: &Source, summary: &Summary, manifest: Option<&Manifest>) -> 
         "parameters": summary.parameters,
         "bytes": summary.bytes,
         "dtypes": dtypes,
-        "other_tensors": source.other,
+        "other_tensors": others(source),
         "files": files,
         "side_files": source.side.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(),
         "provenance": manifest,
@@ -100,7 +100,7 @@ fn text(source: &Source, summary: &Summary, manifest: Option<&Manifest>) -> Stri
         .collect();
     fields.push(("files", aligned(&files).lines().map(str::trim).collect::<Vec<_>>().join("\n")));
     if !source.other.is_empty() {
-        fields.push(("not weights", source.other.join("\n")));
+        fields.push(("not weights", others(source).join("\n")));
     }
     let side: Vec<&str> = source.side.iter().map(|s| s.name.as_str()).collect();
     fields.push(("side files", if side.is_empty() { "none".into() } else { side.join(", ") }));
@@ -137,4 +137,8 @@ fn provenance(manifest: &Manifest) -> String {
         lines.push(format!("{}: {} ({})", source.role, source.label, hashes.join(", ")));
     }
     lines.join("\n")
+}
+/// Tensors that are no weights, with dtype and shape.
+fn others(source: &Source) -> Vec<String> {
+    source.other.iter().map(ToString::to_string).collect()
 }

@@ -1,5 +1,6 @@
 //! One file for each command.
 
+mod build;
 mod completions;
 mod generate;
 mod inspect;
@@ -12,6 +13,8 @@ use moe_merge_checkpoint::Source;
 use crate::args::{Command, Common};
 use crate::exit::Outcome;
 use crate::render::{self, Failure};
+
+pub use build::run as build;
 
 /// Runs a command.
 ///
