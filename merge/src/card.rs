@@ -62,10 +62,8 @@ pub fn card(title: &str, base: &Source, provenance: &Provenance, manifest: &Mani
     let ids: BTreeSet<String> = manifest
         .sources
         .iter()
-        .filter_map(|s| {
-            s.label.contains('/').then(|| s.label.split('+').next().unwrap_or_default())
-        })
-        .map(str::to_owned)
+        .filter(|s| s.label.contains('/'))
+        .map(|s| s.label.split('+').next().unwrap_or_default().to_owned())
         .chain(hub_id(base))
         .collect();
     if !ids.is_empty() {
