@@ -13,7 +13,7 @@ fn inspect_shows_what_the_tiny_base_is() {
     for line in [
         "  family                   llama (LlamaForCausalLM), dense\n",
         "  hidden_size              128\n",
-        "  tensors                  56, 1 222 272 numbers, 2.4 MB\n",
+        "  tensors                  56, 1 220 224 numbers, 2.4 MB\n",
         "  dtypes                   bf16: 56 tensors, 2.4 MB\n",
         "  files                    model.safetensors  2.4 MB, 56 tensors, shared\n",
         "  side files               tokenizer.json, tokenizer_config.json, generation_config.json\n",

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::sampler::{Sampler, Sampling};
-use crate::text_error::TextError;
+use crate::text_error::{LogitsOf, TextError};
 use crate::tokenizer::Tokenizer;
 use crate::{Cache, LogitRows, Model};
 
@@ -109,7 +109,7 @@ pub fn generate(
 
 /// [`generate`] for any function that takes the next tokens and gives the logits `[vocab]` after the last of them.
 fn run(
-    step: &mut dyn FnMut(&[u32]) -> Result<Vec<f32>, TextError>,
+    step: &mut LogitsOf,
     tokenizer: &Tokenizer,
     prompt: &[u32],
     context: usize,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::text_error::TextError;
+use crate::text_error::{LogitsOf, TextError};
 use crate::tokenizer::Tokenizer;
 use crate::{Cache, LogitRows, Model};
 
@@ -158,7 +158,7 @@ fn score(
     windows: Windows,
     vocab: usize,
     origin: &str,
-    logits: &mut dyn FnMut(&[u32]) -> Result<Vec<f32>, TextError>,
+    logits: &mut LogitsOf,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, TextError> {
     let started = Instant::now();
@@ -177,10 +177,10 @@ fn score(
         // The last token predicts nothing that is in the window.
         seen.extend(&tokens[window.start..window.end - 1]);
         let logits = logits(&seen)?; // [seen, vocab]
-        for i in window.scored..window.end {
+        for (i, &token) in tokens.iter().enumerate().take(window.end).skip(window.scored) {
             let row = i - window.start + bos_len - 1;
             let row = &logits[row * vocab..(row + 1) * vocab];
-            sum.nats += surprise(row, tokens[i])?;
+            sum.nats += surprise(row, token)?;
             sum.tokens += 1;
         }
         sum.computed += seen.len();

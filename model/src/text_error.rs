@@ -6,6 +6,9 @@ use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 
 use crate::error::ModelError;
 
+/// Next tokens to logits, for arithmetic that is tested without a model.
+pub(crate) type LogitsOf<'a> = dyn FnMut(&[u32]) -> Result<Vec<f32>, TextError> + 'a;
+
 /// An error about a tokenizer, a chat template, a text or a sampling parameter.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {

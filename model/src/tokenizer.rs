@@ -209,11 +209,11 @@ pub(crate) fn origin(source: &Source, file: &SideFile) -> PathBuf {
     }
 }
 
+/// Where a JSON object was read, and the object.
+pub(crate) type JsonFile = (PathBuf, serde_json::Map<String, Value>);
+
 /// A side file that is a JSON object, with where it came from.
-pub(crate) fn json_side_file(
-    source: &Source,
-    name: &str,
-) -> Result<Option<(PathBuf, serde_json::Map<String, Value>)>, TextError> {
+pub(crate) fn json_side_file(source: &Source, name: &str) -> Result<Option<JsonFile>, TextError> {
     let Some(side) = source.side_file(name) else { return Ok(None) };
     let file = origin(source, side);
     let unusable = |found: String| TextError::Tokenizer {
