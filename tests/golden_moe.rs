@@ -29,7 +29,9 @@ fn every_recipe_is_listed() {
     let Some(dir) = shared("golden/moe") else { return };
     let mut found: Vec<String> = std::fs::read_dir(dir)
         .unwrap()
-        .filter_map(|e| e.unwrap().file_name().into_string().unwrap().strip_suffix(".yaml").map(str::to_owned))
+        .filter_map(|e| {
+            e.unwrap().file_name().into_string().unwrap().strip_suffix(".yaml").map(str::to_owned)
+        })
         .collect();
     found.sort();
     let mut listed: Vec<&str> = CASES.iter().map(|(name, _)| *name).collect();
@@ -87,7 +89,9 @@ fn gates_and_logits_are_those_of_mergekit() {
             let (own, same) = (common::logits(&ours, tokens), common::logits(&theirs, tokens));
             let same = golden::relative_difference(&same, expected);
             let own = median_difference(&own, expected, length);
-            println!("{case} row {row}: {own:.2e} (median) with our gates, {same:.2e} with mergekit's");
+            println!(
+                "{case} row {row}: {own:.2e} (median) with our gates, {same:.2e} with mergekit's"
+            );
             assert!(same <= LOGITS_F32, "{case} row {row}: {same}");
             assert!(own <= GATE_ROUNDING, "{case} row {row}: {own}");
         }

@@ -122,11 +122,8 @@ impl Source {
     /// The three steps of opening: the file format, the layout of its experts, the adapter on top.
     fn assemble(model: &Path, adapter: Option<&Path>) -> Result<Self, CheckpointError> {
         let is_gguf = model.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        let mut opened = if is_gguf && model.is_file() {
-            gguf::open(model)?
-        } else {
-            Self::open_folder(model)?
-        };
+        let mut opened =
+            if is_gguf && model.is_file() { gguf::open(model)? } else { Self::open_folder(model)? };
         opened.tensors = layout::canonical(opened.tensors, &opened.config)?;
         match adapter {
             None => Ok(opened),

@@ -17,7 +17,8 @@ use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::recipe::{
-    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors, SourceSpec,
+    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors,
+    SourceSpec,
 };
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
@@ -178,9 +179,8 @@ impl Prepared {
         let (family, shared_gate) = match (prompted, drawn && !shared.is_empty()) {
             (true, _) => select(SharedGate::Computed)?,
             (false, false) => select(SharedGate::Absent)?,
-            (false, true) => {
-                select(SharedGate::Absent).or_else(|e| select(SharedGate::Computed).map_err(|_| e))?
-            }
+            (false, true) => select(SharedGate::Absent)
+                .or_else(|e| select(SharedGate::Computed).map_err(|_| e))?,
         };
         if !recipe.base_tokenizer {
             check_tokenizers(recipe, &base, &experts)?;
@@ -281,8 +281,7 @@ impl Prepared {
             shared: (!routers.shared.is_empty())
                 .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
         };
-        let written =
-            write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
+        let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
         let output = staging.publish()?;
         seconds.write = clock.elapsed().as_secs_f64();
 
@@ -475,8 +474,13 @@ impl Prompts {
         if matches!(method, Method::Seed(_)) {
             // Only the number of experts counts.
             let none = |n| vec![TokenPrompts::default(); n];
-            let shared = if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
-            return Ok(Self { experts: none(recipe.experts.len()), shared: none(shared), bos: false });
+            let shared =
+                if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
+            return Ok(Self {
+                experts: none(recipe.experts.len()),
+                shared: none(shared),
+                bos: false,
+            });
         }
         let context = tokenizer.base.config.usize("max_position_embeddings").unwrap_or(usize::MAX);
         let tokenizer = tokenizer.get()?;
@@ -518,7 +522,8 @@ impl Prompts {
 fn forecast_lines(routers: &Routers, names: &[String]) -> Vec<String> {
     let Some(forecast) = &routers.forecast else { return Vec::new() };
     let mut lines = vec![
-        "| expert | own held-out tokens routed to it | among its top-k | predicted load |".to_owned(),
+        "| expert | own held-out tokens routed to it | among its top-k | predicted load |"
+            .to_owned(),
         "|---|---|---|---|".to_owned(),
     ];
     let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s));
