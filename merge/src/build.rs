@@ -15,9 +15,11 @@ use crate::error::MergeError;
 use crate::evaluate::{Domain, Evaluation, evaluate};
 use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::recipe::{
-    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors, SourceSpec,
+    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors,
+    SourceSpec,
 };
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
@@ -108,6 +110,7 @@ pub struct Prepared {
     /// Which experts are the base itself.
     same_as_base: Vec<bool>,
     domains: Vec<Domain>,
+    origins: Origins,
     bos: bool,
     target: PathBuf,
     provenance: Provenance,
@@ -155,6 +158,12 @@ impl Prepared {
         let plain = sources::open(&recipe.base_model, dir)?;
         let experts = inputs(&recipe.experts, dir)?;
         let shared = inputs(&recipe.shared_experts, dir)?;
+        let mut origins = Origins::default();
+        origins.add(&recipe.base_model, &plain);
+        let described = recipe.experts.iter().chain(&recipe.shared_experts);
+        described
+            .zip(experts.iter().chain(&shared))
+            .for_each(|(e, i)| origins.add(&e.source, &i.source));
         let (base, plain_base) = match &recipe.attention {
             Attention::Base => (plain, None),
             Attention::Merge(merge) => (with_attention(&plain, merge, dir)?, Some(plain)),
@@ -175,9 +184,9 @@ impl Prepared {
             shared_gate,
         };
         let wanted: Vec<&str> = recipe.architecture.iter().map(|a| a.name()).collect();
-        let family = families::select(&wanted, &request)?;
+        let family = families::select(&wanted, &request).map_err(|e| origins.locate(e))?;
         if !recipe.base_tokenizer {
-            check_tokenizers(recipe, &base, &experts)?;
+            check_tokenizers(recipe, &base, &experts).map_err(|e| origins.locate(e))?;
         }
         let assembly = Assembly {
             base,
@@ -190,9 +199,10 @@ impl Prepared {
             layout: options.layout,
             seed: recipe.seed,
         };
-        let plan = Plan::new(&assembly)?;
+        let plan = Plan::new(&assembly).map_err(|e| origins.locate(e))?;
         let tokenizer = Tokenizers { base: &assembly.base, opened: None };
-        let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)?;
+        let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)
+            .map_err(|e| origins.locate(e))?;
         let base = &recipe.base_model;
         Ok(Self {
             plan,
@@ -212,6 +222,7 @@ impl Prepared {
                 ..Provenance::default()
             },
             assembly,
+            origins,
             options,
             opened: start.elapsed().as_secs_f64(),
         })
@@ -261,7 +272,7 @@ impl Prepared {
         let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
 
         let clock = Instant::now();
-        let routers = self.gates(observer)?;
+        let routers = self.gates(observer).map_err(|e| self.origins.locate(e))?;
         self.provenance.report = forecast_lines(&routers, &self.names());
         seconds.gates = clock.elapsed().as_secs_f64();
 
@@ -275,8 +286,8 @@ impl Prepared {
             shared: (!routers.shared.is_empty())
                 .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
         };
-        let written =
-            write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
+        let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)
+            .map_err(|e| self.origins.locate(e))?;
         let output = staging.publish()?;
         seconds.write = clock.elapsed().as_secs_f64();
 
@@ -469,8 +480,13 @@ impl Prompts {
         if matches!(method, Method::Seed(_)) {
             // Only the number of experts counts.
             let none = |n| vec![TokenPrompts::default(); n];
-            let shared = if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
-            return Ok(Self { experts: none(recipe.experts.len()), shared: none(shared), bos: false });
+            let shared =
+                if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
+            return Ok(Self {
+                experts: none(recipe.experts.len()),
+                shared: none(shared),
+                bos: false,
+            });
         }
         let context = tokenizer.base.config.usize("max_position_embeddings").unwrap_or(usize::MAX);
         let tokenizer = tokenizer.get()?;
@@ -512,7 +528,8 @@ impl Prompts {
 fn forecast_lines(routers: &Routers, names: &[String]) -> Vec<String> {
     let Some(forecast) = &routers.forecast else { return Vec::new() };
     let mut lines = vec![
-        "| expert | own held-out tokens routed to it | among its top-k | predicted load |".to_owned(),
+        "| expert | own held-out tokens routed to it | among its top-k | predicted load |"
+            .to_owned(),
         "|---|---|---|---|".to_owned(),
     ];
     let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s));

@@ -27,6 +27,7 @@ pub mod evaluate;
 pub mod families;
 pub mod gates;
 pub mod methods;
+mod origins;
 pub mod plan;
 pub mod recipe;
 mod sources;
@@ -34,6 +35,6 @@ pub mod write;
 
 pub use dense::dense;
 pub use error::MergeError;
-pub use sources::open;
 pub use plan::{Assembly, ExpertInput, Gates, Plan};
+pub use sources::open;
 pub use write::{Provenance, Written, write, write_dense};

@@ -3,7 +3,6 @@
 use std::sync::Mutex;
 
 use moe_merge_checkpoint::publish::Replace;
-use moe_merge_checkpoint::CheckpointError;
 use moe_merge_merge::MergeError;
 use moe_merge_merge::build::{
     BuildOptions, BuildReport, DenseReport, Observer, Prepared, PreparedDense, RecipeText, Stage,
@@ -20,9 +19,7 @@ use crate::render::{self, Failure};
 
 /// Builds what the recipe says, or shows what would be built.
 pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
-    let bytes = std::fs::read(&args.recipe)
-        .map_err(|e| CheckpointError::io("reading the recipe", &args.recipe, e))?;
-    let text = String::from_utf8_lossy(&bytes);
+    let text = recipe::read(&args.recipe)?;
     let text = RecipeText { path: &args.recipe, text: &text };
     let options = BuildOptions {
         out: args.output().cloned(),
@@ -222,12 +219,10 @@ fn evaluation_tables(evaluation: &Evaluation, experts: &[String]) -> String {
     let rows = evaluation.models.iter().map(|model| {
         (model.name.clone(), model.perplexity.iter().map(|p| format!("{p:.3}")).collect())
     });
-    let recovered: Vec<Option<f64>> =
-        (0..domains.len()).map(|d| evaluation.recovered(d)).collect();
+    let recovered: Vec<Option<f64>> = (0..domains.len()).map(|d| evaluation.recovered(d)).collect();
     let any = recovered.iter().any(Option::is_some);
-    let last = any.then(|| {
-        ("recovered".to_owned(), recovered.into_iter().map(percent).collect::<Vec<_>>())
-    });
+    let last = any
+        .then(|| ("recovered".to_owned(), recovered.into_iter().map(percent).collect::<Vec<_>>()));
     text += &format!("\nperplexity of held-out text, windows of {} tokens\n", evaluation.window);
     text += &table(&domains, rows.chain(last));
     if any {
@@ -247,8 +242,7 @@ fn table(columns: &[&str], rows: impl Iterator<Item = (String, Vec<String>)>) ->
         .map(|(i, c)| rows.iter().map(|(_, r)| width(&r[i])).chain([width(c)]).max().unwrap_or(0))
         .collect();
     let line = |name: &str, cells: &mut dyn Iterator<Item = &str>| {
-        let cells: String =
-            cells.zip(&widths).map(|(cell, w)| format!("  {cell:>w$}")).collect();
+        let cells: String = cells.zip(&widths).map(|(cell, w)| format!("  {cell:>w$}")).collect();
         format!("  {name:first$}{cells}\n")
     };
     let mut text = line("", &mut columns.iter().copied());
@@ -275,7 +269,8 @@ fn dense_summary(report: &DenseReport) -> String {
 fn versioned(report: serde_json::Result<serde_json::Value>) -> Result<serde_json::Value, Failure> {
     let report = report.map_err(|e| Failure::Output(e.into()))?;
     let mut document = json!({"version": 1});
-    if let (Some(document), serde_json::Value::Object(fields)) = (document.as_object_mut(), report) {
+    if let (Some(document), serde_json::Value::Object(fields)) = (document.as_object_mut(), report)
+    {
         document.extend(fields);
     }
     Ok(document)
