@@ -156,9 +156,15 @@ fn missing_tensors() {
     ] {
         let build = Build::new();
         build.tensors(model, |t| t.rename(tensor, &format!("{tensor}s")));
-        let near = format!("`{tensor}s`");
-        build.refused(3, &["tensor is missing", model, tensor, place, &near]);
+        build.refused(3, &["tensor is missing", model, tensor, place, "hint: "]);
     }
+}
+
+#[test]
+fn a_misspelt_tensor_is_suggested() {
+    let build = Build::new();
+    build.tensors("prose", |t| t.rename(UP, &format!("{UP}s")));
+    build.refused(3, &["tensor is missing", UP, &format!("is there: `{UP}s`")]);
 }
 
 #[test]
