@@ -173,18 +173,24 @@ impl Prepared {
             .map_err(|e| RecipeErrors(vec![e]))?;
         let prompted = recipe.shared_experts.iter().any(|e| !e.positive_prompts.is_empty());
         let drawn = matches!(estimator.method, Method::Seed(_));
-        let shared_gate = match shared.is_empty() || !(prompted || drawn) {
-            true => SharedGate::Absent,
-            false => SharedGate::Computed,
-        };
-        let request = Request {
-            base: &base,
-            experts: experts.iter().map(|e| &e.source).collect(),
-            shared: shared.iter().map(|e| &e.source).collect(),
-            shared_gate,
-        };
         let wanted: Vec<&str> = recipe.architecture.iter().map(|a| a.name()).collect();
-        let family = families::select(&wanted, &request).map_err(|e| origins.locate(e))?;
+        let select = |shared_gate| {
+            let request = Request {
+                base: &base,
+                experts: experts.iter().map(|e| &e.source).collect(),
+                shared: shared.iter().map(|e| &e.source).collect(),
+                shared_gate,
+            };
+            families::select(&wanted, &request).map(|family| (family, shared_gate))
+        };
+        // Without prompts a gate for the shared expert can only be drawn, and only some families want one.
+        let (family, shared_gate) = match (prompted, drawn && !shared.is_empty()) {
+            (true, _) => select(SharedGate::Computed),
+            (false, false) => select(SharedGate::Absent),
+            (false, true) => select(SharedGate::Absent)
+                .or_else(|e| select(SharedGate::Computed).map_err(|_| e)),
+        }
+        .map_err(|e| origins.locate(e))?;
         if !recipe.base_tokenizer {
             check_tokenizers(recipe, &base, &experts).map_err(|e| origins.locate(e))?;
         }
@@ -288,7 +294,8 @@ impl Prepared {
         };
         let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)
             .map_err(|e| self.origins.locate(e))?;
-        let output = staging.publish()?;
+        staging.publish()?;
+        let output = self.target.clone();
         seconds.write = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
@@ -629,7 +636,10 @@ impl PreparedDense {
         let written =
             write_dense(&self.source, &inputs, self.dtype, &self.provenance, &staging, watch)?;
         Ok(DenseReport {
-            output: staging.publish()?,
+            output: {
+                staging.publish()?;
+                self.target.clone()
+            },
             bytes: written.bytes,
             method: self.method.into(),
             seconds: clock.elapsed().as_secs_f64(),

@@ -38,7 +38,11 @@ impl Tokenizer {
             };
             return Err(TextError::NoTokenizer { path: source.path.clone(), found });
         };
-        let mut tokenizer = Self::from_json(&file.read()?, &origin(source, file))?;
+        let mut json = file.read()?;
+        if source.config.model_type() == "qwen2" {
+            json = with_qwen2_words(json);
+        }
+        let mut tokenizer = Self::from_json(&json, &origin(source, file))?;
         tokenizer.read_special_tokens(source)?;
         Ok(tokenizer)
     }
@@ -199,6 +203,29 @@ impl Tokenizer {
             .collect();
         (difference.count > 0).then_some(difference)
     }
+}
+
+/// How Qwen2 cuts text into words.
+const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// transformers 5 gives every `qwen2` checkpoint the words of Qwen2, whatever `tokenizer.json` says. Published files say the
+/// same; one that names the plain byte-level words of GPT-2 instead is read as transformers reads it. Other
+/// pre-tokenizers (distilled models with another vocabulary) stay as they are.
+fn with_qwen2_words(json: Vec<u8>) -> Vec<u8> {
+    let Ok(mut tokenizer) = serde_json::from_slice::<Value>(&json) else { return json };
+    let words = &tokenizer["pre_tokenizer"];
+    if words["type"] != "ByteLevel" || words["use_regex"] == false {
+        return json;
+    }
+    tokenizer["normalizer"] = serde_json::json!({"type": "NFC"});
+    tokenizer["pre_tokenizer"] = serde_json::json!({
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": false},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        ],
+    });
+    serde_json::to_vec(&tokenizer).unwrap_or(json)
 }
 
 /// The file of a side file, or the model that it was rebuilt from.

@@ -326,7 +326,7 @@ fn iq4_xs(block: &[u8], out: &mut [f32]) {
     let high = u16::from_le_bytes([block[2], block[3]]);
     for (sub, values) in out.chunks_exact_mut(32).enumerate() {
         let low = (block[4 + sub / 2] >> (sub % 2 * 4)) & 15;
-        let scale = (low | ((high >> (2 * sub)) & 3) as u8 * 16) as i8 - 32;
+        let scale = (low | (((high >> (2 * sub)) & 3) as u8 * 16)) as i8 - 32;
         iq4(d * f32::from(scale), &block[8 + sub * 16..8 + sub * 16 + 16], values);
     }
 }

@@ -192,7 +192,8 @@ fn put(
 ///
 /// llama.cpp rotates neighbouring dimensions `(2i, 2i + 1)` of a head, Hugging Face dimensions `(i, i + size / 2)`.
 fn rotary_order(rows: usize, heads: usize) -> Option<Vec<u32>> {
-    if heads == 0 || rows % heads != 0 || rows / heads % 2 != 0 || u32::try_from(rows).is_err() {
+    let halves = heads > 0 && rows.is_multiple_of(heads) && (rows / heads).is_multiple_of(2);
+    if !halves || u32::try_from(rows).is_err() {
         return None;
     }
     let size = rows / heads;

@@ -1,0 +1,62 @@
+//! Every recipe of the repository runs, and what it writes passes `verify`.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use moe_merge_testkit::repository;
+
+fn moe_merge() -> Command {
+    let mut command = Command::cargo_bin("moe-merge").unwrap();
+    command.current_dir(repository(""));
+    command
+}
+
+fn check(recipe: &Path, out: &Path) {
+    moe_merge().arg(recipe).arg("--out").arg(out).assert().success();
+    moe_merge().arg("verify").arg(out).assert().success();
+}
+
+#[test]
+fn recipes_run_as_they_are() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut count = 0;
+    for entry in std::fs::read_dir(repository("recipes")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_owned();
+        let is_recipe = path.extension().is_some_and(|e| e == "yaml");
+        // The quickstart has a test of its own; SmolLM2 needs a file of 98 MB.
+        if !is_recipe || name == "smollm2" || name == "quickstart" {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("# "), "{} explains itself on top", path.display());
+        check(&path, &temp.path().join(name));
+        count += 1;
+    }
+    assert!(count >= 7, "{count} recipes");
+}
+
+#[test]
+fn the_quickstart_beats_the_base_on_every_domain() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("quickstart");
+    let run = moe_merge()
+        .args(["recipes/quickstart.yaml", "--json", "--out"])
+        .arg(&out)
+        .assert()
+        .success();
+    let report: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    assert_eq!(report["version"], 1);
+    let models = report["evaluation"]["models"].as_array().unwrap();
+    let row = |name: &str| models.iter().find(|m| m["name"] == name).unwrap()["perplexity"].clone();
+    let (base, moe) = (row("base"), row("MoE"));
+    for (domain, own) in ["prose", "code", "math"].iter().enumerate() {
+        let (base, moe) = (base[domain].as_f64().unwrap(), moe[domain].as_f64().unwrap());
+        let own = row(own)[domain].as_f64().unwrap();
+        let recovered = (base.ln() - moe.ln()) / (base.ln() - own.ln());
+        assert!(recovered > 0.5, "domain {domain}: {recovered} of the gain");
+        let first = report["evaluation"]["routing"][domain]["first"][domain].as_f64().unwrap();
+        assert!(first > 0.8, "domain {domain}: {first} of its tokens");
+    }
+    moe_merge().arg("verify").arg(&out).assert().success();
+}
