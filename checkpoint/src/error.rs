@@ -201,9 +201,21 @@ impl Explain for CheckpointError {
         match self {
             Self::NotFound { hint, .. } | Self::Unsupported { hint, .. } => Some(hint.clone()),
             Self::Malformed { hint, .. } => hint.clone(),
-            Self::MissingTensor { nearest, .. } => {
-                nearest.as_ref().map(|n| format!("the nearest name that is there: `{n}`"))
+            Self::MissingTensor { nearest: Some(nearest), .. } => {
+                Some(format!("the nearest name that is there: `{nearest}`"))
             }
+            Self::MissingTensor { file, .. } => {
+                Some(format!("`moe-merge inspect {}` shows what is there", file.display()))
+            }
+            Self::Io { source, .. } => match source.kind() {
+                std::io::ErrorKind::PermissionDenied => Some(
+                    "your user may not do that there; change the permissions or choose another place".into(),
+                ),
+                std::io::ErrorKind::ReadOnlyFilesystem => {
+                    Some("choose a place on another file system, for the output with `--out`".into())
+                }
+                _ => None,
+            },
             Self::NotFinite { .. } => Some(
                 "the checkpoint is damaged or diverged in training; take an earlier one".into(),
             ),

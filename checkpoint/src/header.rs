@@ -186,6 +186,9 @@ struct RawHeader {
     metadata: BTreeMap<String, String>,
 }
 
+/// What to do about byte ranges that cannot be.
+const DAMAGED: &str = "the file is damaged, or was written wrongly; download or copy it again";
+
 /// Checks sizes and ranges, one tensor after the other in the order of their bytes.
 fn check(
     raw: RawHeader,
@@ -197,6 +200,9 @@ fn check(
     let mut raw_tensors = raw.tensors;
     refuse_duplicates(&mut raw_tensors, path)?;
     raw_tensors.sort_by(|a, b| (a.offsets, &a.name).cmp(&(b.offsets, &b.name)));
+    // A range far away leaves a hole where it should have been: it is the one to name.
+    let beyond = raw_tensors.iter().find(|t| t.offsets[0] > data_len);
+    let beyond = beyond.map(|t| (t.name.clone(), t.offsets));
     let mut tensors: Vec<TensorInfo> = Vec::with_capacity(raw_tensors.len());
     let mut covered = 0;
     for tensor in raw_tensors {
@@ -249,15 +255,27 @@ fn check(
                 "tensors overlap",
                 format!("data from {covered} on, after `{before}`"),
                 format!("data_offsets [{begin}, {end}]"),
-                None,
+                Some(DAMAGED),
             ));
+        }
+        if begin > covered
+            && let Some((name, [begin, end])) = beyond
+        {
+            return Err(CheckpointError::Malformed {
+                what: "tensor lies beyond the end of the file".into(),
+                file: path.to_owned(),
+                tensor: Some(name),
+                expected: format!("data_offsets within the {data_len} bytes of data"),
+                found: format!("[{begin}, {end}]"),
+                hint: Some(DAMAGED.into()),
+            });
         }
         if begin > covered {
             return Err(malformed(
                 "bytes that belong to no tensor",
                 format!("data from {covered} on"),
                 format!("data_offsets [{begin}, {end}], a hole of {} bytes", begin - covered),
-                None,
+                Some(DAMAGED),
             ));
         }
         covered = end;

@@ -134,7 +134,13 @@ impl Manifest {
         let path = dir.join(MANIFEST_NAME);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            // A model in one file (GGUF) has no folder, and no manifest.
+            Err(e)
+                if [std::io::ErrorKind::NotFound, std::io::ErrorKind::NotADirectory]
+                    .contains(&e.kind()) =>
+            {
+                return Ok(None);
+            }
             Err(e) => return Err(CheckpointError::io("reading", &path, e)),
         };
         let manifest: Self =

@@ -274,7 +274,13 @@ fn take_lock(path: &Path) -> Result<Option<File>, CheckpointError> {
     let file = match File::create_new(path) {
         Ok(file) => file,
         Err(e) if e.kind() == ErrorKind::AlreadyExists => return Ok(None),
-        Err(e) => return Err(CheckpointError::io("creating a lock file", path, e)),
+        Err(e) => {
+            return Err(CheckpointError::io(
+                "writing to the folder of the output",
+                parent_of(path),
+                e,
+            ));
+        }
     };
     if file.try_lock().is_err() {
         return Ok(None);

@@ -165,8 +165,11 @@ impl Source {
             None => Err(CheckpointError::MissingTensor {
                 file: self.path.clone(),
                 tensor: name.to_owned(),
-                nearest: file::nearest(name, self.tensors.keys().map(String::as_str))
-                    .map(str::to_owned),
+                nearest: file::nearest(
+                    name,
+                    self.tensors.keys().map(String::as_str).filter(|n| same_numbers(n, name)),
+                )
+                .map(str::to_owned),
             }),
         }
     }
@@ -175,6 +178,12 @@ impl Source {
     pub fn side_file(&self, name: &str) -> Option<&SideFile> {
         self.side.iter().find(|f| f.name == name)
     }
+}
+
+/// Whether two names have the same numbers in them: a tensor of another layer is no misspelt one of this layer.
+fn same_numbers(a: &str, b: &str) -> bool {
+    let digits = |c: &char| c.is_ascii_digit();
+    a.chars().filter(digits).eq(b.chars().filter(digits))
 }
 
 fn wrong_dtype(other: &OtherTensor) -> CheckpointError {

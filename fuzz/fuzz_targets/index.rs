@@ -3,6 +3,7 @@
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(index) = moe_merge_checkpoint::index::parse(bytes, "x".as_ref()) {
-        assert!(index.shards().iter().all(|s| !s.starts_with('/') && !s.contains("../")));
+        let inside = |shard: &&str| !shard.starts_with('/') && shard.split('/').all(|part| part != "..");
+        assert!(index.shards().iter().all(inside));
     }
 });

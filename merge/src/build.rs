@@ -15,6 +15,7 @@ use crate::error::MergeError;
 use crate::evaluate::{Domain, Evaluation, evaluate};
 use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::recipe::{
     Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors,
@@ -109,6 +110,7 @@ pub struct Prepared {
     /// Which experts are the base itself.
     same_as_base: Vec<bool>,
     domains: Vec<Domain>,
+    origins: Origins,
     bos: bool,
     target: PathBuf,
     provenance: Provenance,
@@ -156,6 +158,12 @@ impl Prepared {
         let plain = sources::open(&recipe.base_model, dir)?;
         let experts = inputs(&recipe.experts, dir)?;
         let shared = inputs(&recipe.shared_experts, dir)?;
+        let mut origins = Origins::default();
+        origins.add(&recipe.base_model, &plain);
+        let described = recipe.experts.iter().chain(&recipe.shared_experts);
+        described
+            .zip(experts.iter().chain(&shared))
+            .for_each(|(e, i)| origins.add(&e.source, &i.source));
         let (base, plain_base) = match &recipe.attention {
             Attention::Base => (plain, None),
             Attention::Merge(merge) => (with_attention(&plain, merge, dir)?, Some(plain)),
@@ -177,13 +185,14 @@ impl Prepared {
         };
         // Without prompts a gate for the shared expert can only be drawn, and only some families want one.
         let (family, shared_gate) = match (prompted, drawn && !shared.is_empty()) {
-            (true, _) => select(SharedGate::Computed)?,
-            (false, false) => select(SharedGate::Absent)?,
+            (true, _) => select(SharedGate::Computed),
+            (false, false) => select(SharedGate::Absent),
             (false, true) => select(SharedGate::Absent)
-                .or_else(|e| select(SharedGate::Computed).map_err(|_| e))?,
-        };
+                .or_else(|e| select(SharedGate::Computed).map_err(|_| e)),
+        }
+        .map_err(|e| origins.locate(e))?;
         if !recipe.base_tokenizer {
-            check_tokenizers(recipe, &base, &experts)?;
+            check_tokenizers(recipe, &base, &experts).map_err(|e| origins.locate(e))?;
         }
         let assembly = Assembly {
             base,
@@ -196,9 +205,10 @@ impl Prepared {
             layout: options.layout,
             seed: recipe.seed,
         };
-        let plan = Plan::new(&assembly)?;
+        let plan = Plan::new(&assembly).map_err(|e| origins.locate(e))?;
         let tokenizer = Tokenizers { base: &assembly.base, opened: None };
-        let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)?;
+        let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)
+            .map_err(|e| origins.locate(e))?;
         let base = &recipe.base_model;
         Ok(Self {
             plan,
@@ -218,6 +228,7 @@ impl Prepared {
                 ..Provenance::default()
             },
             assembly,
+            origins,
             options,
             opened: start.elapsed().as_secs_f64(),
         })
@@ -267,7 +278,7 @@ impl Prepared {
         let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
 
         let clock = Instant::now();
-        let routers = self.gates(observer)?;
+        let routers = self.gates(observer).map_err(|e| self.origins.locate(e))?;
         self.provenance.report = forecast_lines(&routers, &self.names());
         seconds.gates = clock.elapsed().as_secs_f64();
 
@@ -281,7 +292,8 @@ impl Prepared {
             shared: (!routers.shared.is_empty())
                 .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
         };
-        let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
+        let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)
+            .map_err(|e| self.origins.locate(e))?;
         staging.publish()?;
         let output = self.target.clone();
         seconds.write = clock.elapsed().as_secs_f64();

@@ -4,7 +4,7 @@ use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 use moe_merge_model::{ModelError, TextError};
 use moe_merge_router::RouterError;
 
-use crate::recipe::RecipeErrors;
+use crate::recipe::{Place, RecipeErrors};
 
 /// An error of planning, merging or writing.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +48,37 @@ pub enum MergeError {
         /// Place in the recipe, where it is known: `recipe.yaml:9:5  experts[2].source_model`.
         recipe: Option<String>,
     },
+    /// What is wrong with a source, and where the recipe names it.
+    #[error("{error}")]
+    At {
+        /// What is wrong.
+        error: Box<MergeError>,
+        /// `recipe.yaml:9:5  experts[2].source_model`.
+        recipe: String,
+    },
+}
+
+impl MergeError {
+    /// The error with the place in the recipe that it goes back to. An error that names one keeps its own; what is the
+    /// fault of no source (an interruption, a full disk, an output that is there) gets none.
+    pub fn at(self, place: &Place) -> Self {
+        match self {
+            Self::Checkpoint(
+                CheckpointError::Interrupted
+                | CheckpointError::NoRoom { .. }
+                | CheckpointError::OutputExists { .. }
+                | CheckpointError::NotAModel { .. },
+            )
+            | Self::Recipe(_)
+            | Self::At { .. }
+            | Self::Incompatible { recipe: Some(_), .. } => self,
+            Self::Incompatible { what, first, second, expected, found, hint, recipe: None } => {
+                let recipe = Some(place.to_string());
+                Self::Incompatible { what, first, second, expected, found, hint, recipe }
+            }
+            other => Self::At { error: Box::new(other), recipe: place.to_string() },
+        }
+    }
 }
 
 impl Explain for MergeError {
@@ -59,6 +90,7 @@ impl Explain for MergeError {
             Self::Text(e) => e.kind(),
             Self::Router { .. } => Kind::Usage,
             Self::Incompatible { .. } => Kind::Usage,
+            Self::At { error, .. } => error.kind(),
         }
     }
 
@@ -70,10 +102,17 @@ impl Explain for MergeError {
             Self::Text(e) => e.fields(),
             Self::Router { .. } => Vec::new(),
             Self::Incompatible { first, second, expected, found, recipe, .. } => {
-                let mut fields = vec![("first", first.clone()), ("second", second.clone())];
+                let alone = second.starts_with("output family");
+                let labels = if alone { ["source", "output"] } else { ["first", "second"] };
+                let mut fields = vec![(labels[0], first.clone()), (labels[1], second.clone())];
                 fields.push(("expected", expected.clone()));
                 fields.push(("found", found.clone()));
                 fields.extend(recipe.iter().map(|r| ("recipe", r.clone())));
+                fields
+            }
+            Self::At { error, recipe } => {
+                let mut fields = error.fields();
+                fields.push(("recipe", recipe.clone()));
                 fields
             }
         }
@@ -87,6 +126,7 @@ impl Explain for MergeError {
             Self::Text(e) => e.hint(),
             Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
+            Self::At { error, .. } => error.hint(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Gates for a recipe: the prompts run through the base once, an estimator turns each layer's view of them into a gate.
 
-use moe_merge_checkpoint::Source;
 use moe_merge_checkpoint::publish::Interrupt;
+use moe_merge_checkpoint::{CheckpointError, Source};
 use moe_merge_model::{LayerProbe, ModelError, Spec, probe};
 use moe_merge_router::report::{DegenerateGate, RoutingReport};
 use moe_merge_router::{
@@ -72,6 +72,48 @@ pub struct Routers {
 /// What opening or running the base meets; [`MergeError::Router`] with the layer if the estimator refuses;
 /// interruption.
 pub fn compute(
+    request: &GateRequest<'_>,
+    done: &mut dyn FnMut(usize),
+) -> Result<Routers, MergeError> {
+    estimate_all(request, done).map_err(|error| match error {
+        MergeError::Router { layer, source: RouterError::NotFinite { .. } } => {
+            not_finite_weight(request.base, layer).err().unwrap_or(error)
+        }
+        other => other,
+    })
+}
+
+/// Looks for the weight that made a hidden state NaN or infinite.
+///
+/// # Errors
+/// [`CheckpointError::NotFinite`] for the first bad weight on the way to the router of `layer`.
+fn not_finite_weight(base: &Source, layer: usize) -> Result<(), MergeError> {
+    /// Numbers read at a time.
+    const BLOCK: usize = 1 << 20;
+    let number =
+        |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+    let on_the_way = |name: &str| number(name).is_none_or(|n| n <= layer);
+    for (_, weight) in base.tensors.iter().filter(|(name, _)| on_the_way(name)) {
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let step = (BLOCK / cols.max(1)).max(1);
+        let mut values = Vec::new();
+        for first in (0..rows).step_by(step) {
+            let block = first..rows.min(first + step);
+            values.resize(block.len() * cols, 0.0);
+            weight.read_rows(block, &mut values)?;
+            if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                let (file, tensor) = weight.origin();
+                return Err(
+                    CheckpointError::NotFinite { file, tensor, index: first * cols + at }.into()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// [`compute`], with NaN and infinity blamed on the hidden states.
+fn estimate_all(
     request: &GateRequest<'_>,
     done: &mut dyn FnMut(usize),
 ) -> Result<Routers, MergeError> {

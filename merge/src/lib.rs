@@ -27,6 +27,7 @@ pub mod evaluate;
 pub mod families;
 pub mod gates;
 pub mod methods;
+mod origins;
 pub mod plan;
 pub mod recipe;
 mod sources;

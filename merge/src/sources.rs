@@ -17,7 +17,7 @@ const DEPTH: usize = 16;
 /// disk, and memory does not grow with the number of models.
 ///
 /// # Errors
-/// [`MergeError::Checkpoint`] if a model cannot be opened, [`MergeError::Recipe`] if a nested recipe is wrong, names
+/// [`MergeError::At`] if a model cannot be opened, [`MergeError::Recipe`] if a nested recipe is wrong, names
 /// itself, or makes a MoE, [`MergeError::Incompatible`] if its models do not go together.
 pub fn open(source: &SourceSpec, base_dir: &Path) -> Result<Source, MergeError> {
     Trail::starting_at(&source.place.file).open(source, base_dir)
@@ -39,7 +39,9 @@ impl Trail {
     /// As [`open`], within the recipes of this trail.
     pub fn open(&self, source: &SourceSpec, base_dir: &Path) -> Result<Source, MergeError> {
         let mut opened = match &source.kind {
-            SourceKind::Model(model) => Source::open(model, base_dir)?,
+            SourceKind::Model(model) => {
+                Source::open(model, base_dir).map_err(|e| MergeError::from(e).at(&source.place))?
+            }
             SourceKind::Inline(recipe) => self.deeper(source)?.recipe(recipe, source, base_dir)?,
             SourceKind::File(file) => {
                 let path = base_dir.join(file);

@@ -2,7 +2,6 @@
 
 use std::sync::Mutex;
 
-use moe_merge_checkpoint::CheckpointError;
 use moe_merge_checkpoint::publish::Replace;
 use moe_merge_merge::MergeError;
 use moe_merge_merge::build::{
@@ -20,9 +19,7 @@ use crate::render::{self, Failure};
 
 /// Builds what the recipe says, or shows what would be built.
 pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
-    let bytes = std::fs::read(&args.recipe)
-        .map_err(|e| CheckpointError::io("reading the recipe", &args.recipe, e))?;
-    let text = String::from_utf8_lossy(&bytes);
+    let text = recipe::read(&args.recipe)?;
     let text = RecipeText { path: &args.recipe, text: &text };
     let options = BuildOptions {
         out: args.output().cloned(),

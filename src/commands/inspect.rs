@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use moe_merge_checkpoint::adapter::{self, AdapterInfo};
 use moe_merge_checkpoint::manifest::Manifest;
 use moe_merge_checkpoint::summary::ExpertLayout;
 use moe_merge_checkpoint::{Source, Summary};
@@ -12,8 +13,16 @@ use crate::args::{Common, PathArgs};
 use crate::exit::Outcome;
 use crate::render::{self, Failure, aligned, bytes, count};
 
-/// Shows a model.
+/// Shows a model or an adapter.
 pub fn run(args: &PathArgs, common: &Common) -> Result<Outcome, Failure> {
+    if is_adapter(Path::new(&args.path)) {
+        let info = adapter::describe(Path::new(&args.path))?;
+        match common.json {
+            true => render::json(&adapter_document(&info))?,
+            false => render::out(&adapter_text(&info))?,
+        }
+        return Ok(Outcome::Done);
+    }
     let source = super::open(&args.path, common)?;
     let summary = Summary::of(&source);
     let manifest = Manifest::load(&source.path)?;
@@ -23,6 +32,91 @@ pub fn run(args: &PathArgs, common: &Common) -> Result<Outcome, Failure> {
         render::out(&text(&source, &summary, manifest.as_ref()))?;
     }
     Ok(Outcome::Done)
+}
+
+/// A folder with the configuration of a PEFT adapter, and no model beside it.
+fn is_adapter(path: &Path) -> bool {
+    path.join("adapter_config.json").is_file() && !path.join("config.json").exists()
+}
+
+fn adapter_document(info: &AdapterInfo) -> Value {
+    json!({
+        "version": 1,
+        "path": info.path,
+        "format": "adapter",
+        "kind": adapter_kind(info),
+        "base_model": info.base_model,
+        "task_type": info.task_type,
+        "peft_version": info.peft_version,
+        "rank": info.rank,
+        "ranks": info.ranks,
+        "alpha": info.alpha,
+        "rslora": info.rslora,
+        "dora": info.dora,
+        "scale": scale(info),
+        "bias": info.bias,
+        "target_modules": info.target_modules,
+        "target_parameters": info.target_parameters,
+        "modules_to_save": info.modules_to_save,
+        "modules": info.modules,
+        "replaced": info.replaced,
+        "tensors": info.tensors,
+        "parameters": info.parameters,
+        "bytes": info.bytes,
+        "dtypes": info.dtypes,
+    })
+}
+
+fn adapter_kind(info: &AdapterInfo) -> &'static str {
+    if info.dora { "DoRA" } else { "LoRA" }
+}
+
+/// What the product of the factors is multiplied by, where no pattern says otherwise.
+fn scale(info: &AdapterInfo) -> f64 {
+    let rank = info.rank as f64;
+    info.alpha / if info.rslora { rank.sqrt() } else { rank }
+}
+
+fn adapter_text(info: &AdapterInfo) -> String {
+    let task = info.task_type.as_ref().map(|t| format!(", {t}")).unwrap_or_default();
+    let peft = info.peft_version.as_ref().map(|v| format!(", PEFT {v}")).unwrap_or_default();
+    let mut fields = vec![("adapter", format!("{}{task}{peft}", adapter_kind(info)))];
+    fields.push(("base model", info.base_model.clone().unwrap_or("not told".into())));
+    let others: Vec<String> =
+        info.ranks.iter().filter(|&&r| r != info.rank).map(usize::to_string).collect();
+    fields.push((
+        "rank",
+        match others.is_empty() {
+            true => info.rank.to_string(),
+            false => format!("{}, in places {}", info.rank, others.join(", ")),
+        },
+    ));
+    let root = if info.rslora { ", by the root of the rank (rslora)" } else { "" };
+    fields.push(("alpha", format!("{} (scale {}{root})", info.alpha, scale(info))));
+    let mut list = |label, names: &[String]| {
+        if !names.is_empty() {
+            fields.push((label, names.join(", ")));
+        }
+    };
+    list("targets", &info.target_modules);
+    list("parameters", &info.target_parameters);
+    list("saved whole", &info.modules_to_save);
+    list("replaced", &info.replaced);
+    if info.bias != "none" {
+        fields.push(("bias", info.bias.clone()));
+    }
+    fields.push(("modules", count(info.modules.len())));
+    fields.push((
+        "tensors",
+        format!(
+            "{}, {} numbers, {} ({})",
+            count(info.tensors),
+            count(info.parameters as usize),
+            bytes(info.bytes),
+            info.dtypes.join(", ")
+        ),
+    ));
+    format!("{}\n{}", info.path.display(), aligned(&fields))
 }
 
 fn format_of(source: &Source) -> &'static str {

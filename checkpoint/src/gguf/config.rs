@@ -11,10 +11,11 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
-use crate::gguf::header::{Header, Value};
+use crate::gguf::header::Header;
 use crate::gguf::kinds::TensorKind;
 use crate::gguf::names::Architecture;
 use crate::gguf::rope;
+use crate::gguf::value::Value;
 use crate::map::MappedFile;
 use crate::weight::WeightRef;
 

@@ -8,6 +8,7 @@ mod names;
 mod pre;
 mod rope;
 mod tokenizer;
+mod value;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,8 +17,9 @@ use std::sync::Arc;
 use moe_merge_kernels::Dtype;
 
 pub use dequant::{BlockWeight, Shifted};
-pub use header::{Header, List, TensorInfo, Value, parse};
+pub use header::{Header, TensorInfo, parse};
 pub use kinds::TensorKind;
+pub use value::{List, Value};
 
 use crate::error::CheckpointError;
 use crate::map::MappedFile;

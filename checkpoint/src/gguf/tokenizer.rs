@@ -16,8 +16,9 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
-use crate::gguf::header::{Header, List, Value};
+use crate::gguf::header::Header;
 use crate::gguf::pre::Pre;
+use crate::gguf::value::{List, Value};
 use crate::source::{SideContent, SideFile};
 
 /// What SentencePiece writes for a space.

@@ -122,28 +122,12 @@ pub(crate) fn mlp_weight(
         Matrix::Gate | Matrix::Up => [dims.intermediate, dims.hidden],
         Matrix::Down => [dims.hidden, dims.intermediate],
     };
-    let Some(weight) = source.tensors.get(&name) else {
-        return Err(MergeError::Incompatible {
-            what: "an MLP tensor is missing".into(),
-            first: base.label.clone(),
-            second: source.label.clone(),
-            expected: format!("`{name}` {shape:?}"),
-            found: "no such tensor".into(),
-            hint: format!("`moe-merge inspect {}` lists what there is", source.label),
-            recipe: None,
-        });
+    let weight = source.weight(&name)?;
+    let reason = match std::ptr::eq(base, source) {
+        true => "intermediate_size and hidden_size of its config".to_owned(),
+        false => format!("intermediate_size and hidden_size of the base `{}`", base.label),
     };
-    if weight.shape() != shape {
-        return Err(MergeError::Incompatible {
-            what: "an MLP tensor has the wrong shape".into(),
-            first: base.label.clone(),
-            second: source.label.clone(),
-            expected: format!("`{name}` {shape:?} (intermediate_size, hidden_size of the base)"),
-            found: format!("{:?}", weight.shape()),
-            hint: "all experts must share the sizes of `base_model`".into(),
-            recipe: None,
-        });
-    }
+    weight.expect_shape(&shape, &reason)?;
     Ok(weight.clone())
 }
 

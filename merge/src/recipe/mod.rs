@@ -12,6 +12,7 @@ use std::path::Path;
 
 mod dense;
 mod error;
+mod file;
 mod moe;
 mod node;
 mod prompts;
@@ -22,6 +23,7 @@ mod source;
 
 pub use dense::{DenseRecipe, Input, Parameters, Parts, Slice};
 pub use error::{Location, RecipeError, RecipeErrors};
+pub use file::read;
 pub use moe::{ARCHITECTURES, Architecture, Attention, Expert, GATE_MODES, GateMode, MoeRecipe};
 pub use schema::{Availability, Key, Shape, TABLES, json_schema};
 pub use setting::{ParameterKind, Setting};
@@ -52,6 +54,9 @@ pub fn parse(text: &str, path: &Path) -> Result<Recipe, RecipeErrors> {
         Ok(node) => node,
         Err(e) => {
             let error = reader.error(e.at, "", "this is no valid YAML");
+            if e.message.contains("tab") {
+                error.hint = Some("YAML is indented with spaces".into());
+            }
             error.found = Some(e.message);
             return Err(RecipeErrors(reader.errors));
         }

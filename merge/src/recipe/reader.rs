@@ -224,11 +224,32 @@ impl Reader {
         if file.is_file() {
             return Some(file);
         }
-        let error = self.error(node.at, path, "file not found");
+        let is_folder = file.is_dir();
+        let near = sibling(&file, |_| true);
+        let error =
+            self.error(node.at, path, if is_folder { "not a file" } else { "file not found" });
         error.expected = Some("a text file, relative to the recipe".into());
-        error.found = Some(format!("no file at `{}`", file.display()));
+        error.found = Some(match is_folder {
+            true => format!("`{}`, a folder", file.display()),
+            false => format!("no file at `{}`", file.display()),
+        });
+        error.hint = near.filter(|_| !is_folder).map(|name| format!("did you mean `{name}`?"));
         None
     }
+}
+
+/// The file beside `path` with the nearest name among those that `fits` lets through.
+pub(super) fn sibling(path: &Path, fits: impl Fn(&str) -> bool) -> Option<String> {
+    let folder = path.parent()?;
+    let shown = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let entries = std::fs::read_dir(shown).ok()?.flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| fits(name))
+        .collect();
+    names.sort();
+    let near = nearest(path.file_name()?.to_str()?, names.iter().map(String::as_str))?;
+    Some(folder.join(near).display().to_string())
 }
 
 /// A number, also as numeric text (`1e-1` is text in YAML 1.1).
@@ -265,11 +286,12 @@ pub(crate) fn nearest<'n>(text: &str, names: impl IntoIterator<Item = &'n str>) 
         .map(|name| {
             let near = name.len() >= 4 && text.len() >= 4;
             let contained = near && (name.starts_with(&text) || text.starts_with(name));
-            (if contained { 1 } else { edits(&text, name) }, name)
+            let edits = edits(&text, name);
+            (if contained { 1 } else { edits }, edits, name)
         })
-        .filter(|(distance, _)| *distance <= allowed)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, name)| name)
+        .filter(|(distance, ..)| *distance <= allowed)
+        .min_by_key(|&(distance, edits, _)| (distance, edits))
+        .map(|(.., name)| name)
 }
 
 /// Insertions, removals, replacements and swaps of neighbours between two texts.
@@ -303,6 +325,10 @@ mod tests {
         assert_eq!(nearest("cheap-embed", names), Some("cheap_embed"));
         assert_eq!(nearest("radnom", names), Some("random"));
         assert_eq!(nearest("xyz", names), None);
+        assert_eq!(
+            nearest("experts_per_tokn", ["experts", "experts_per_token"]),
+            Some("experts_per_token")
+        );
         assert_eq!(nearest("", names), None);
     }
 
