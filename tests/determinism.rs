@@ -41,7 +41,10 @@ fn same_bytes_whatever_the_thread_count() {
     let quickstart = std::fs::read_to_string(repository("recipes/quickstart.yaml")).unwrap();
     let text = quickstart
         .replace("quickstart/", &format!("{}/", repository("recipes/quickstart").display()))
-        .replace("  - name: prose", "  - name: prose\n    noise_scale: 0.001\n    residual_scale: 0.9");
+        .replace(
+            "  - name: prose",
+            "  - name: prose\n    noise_scale: 0.001\n    residual_scale: 0.9",
+        );
     let text = text.split("evaluation:").next().unwrap();
     std::fs::write(&recipe, text).unwrap();
     let recipe = recipe.display().to_string();

@@ -29,7 +29,9 @@ fn every_recipe_is_listed() {
     let Some(dir) = shared("golden/moe") else { return };
     let mut found: Vec<String> = std::fs::read_dir(dir)
         .unwrap()
-        .filter_map(|e| e.unwrap().file_name().into_string().unwrap().strip_suffix(".yaml").map(str::to_owned))
+        .filter_map(|e| {
+            e.unwrap().file_name().into_string().unwrap().strip_suffix(".yaml").map(str::to_owned)
+        })
         .collect();
     found.sort();
     let mut listed: Vec<&str> = CASES.iter().map(|(name, _)| *name).collect();
@@ -81,8 +83,9 @@ fn gates_and_logits_are_those_of_mergekit() {
         let (rows, length) = (ids.shape[0], ids.shape[1]);
         for row in 0..rows {
             let tokens = &ids.ids()[row * length..(row + 1) * length];
-            let difference =
-                |model| golden::relative_difference(&common::logits(model, tokens), logits.row(row));
+            let difference = |model| {
+                golden::relative_difference(&common::logits(model, tokens), logits.row(row))
+            };
             let (own, same) = (difference(&ours), difference(&theirs));
             println!("{case} row {row}: {own:.2e} with our gates, {same:.2e} with mergekit's");
             assert!(same <= LOGITS_F32, "{case} row {row}: {same}");

@@ -17,15 +17,15 @@ fn recipe(base: &str, family: &str, experts: usize, top_k: usize, shared: usize)
     (0..experts).for_each(|i| text += &format!("  - {{source_model: {base}, name: e{i}}}\n"));
     if shared > 0 {
         text += "shared_experts:\n";
-        (0..shared).for_each(|_| text += &format!("  - {{source_model: {base}, residual_scale: 0.0}}\n"));
+        (0..shared)
+            .for_each(|_| text += &format!("  - {{source_model: {base}, residual_scale: 0.0}}\n"));
     }
     text
 }
 
 fn check(base: &std::path::Path, family: &str, shared: usize) {
     let dense = Model::open(&common::open(base)).unwrap();
-    let expected: Vec<f64> =
-        common::logits(&dense, TOKENS).iter().map(|&v| f64::from(v)).collect();
+    let expected: Vec<f64> = common::logits(&dense, TOKENS).iter().map(|&v| f64::from(v)).collect();
     let temp = tempfile::tempdir().unwrap();
     for (experts, top_k) in [(2, 1), (3, 2), (5, 5)] {
         for layout in [Layout::Hub, Layout::Fused] {
@@ -67,8 +67,12 @@ fn qwen2_moe_from_llama() {
 
 #[test]
 fn families_of_other_bases() {
-    let cases =
-        [("mistral", "mixtral", 0), ("qwen2", "qwen2_moe", 1), ("qwen3", "qwen3_moe", 0), ("mistral", "ernie4_5_moe", 1)];
+    let cases = [
+        ("mistral", "mixtral", 0),
+        ("qwen2", "qwen2_moe", 1),
+        ("qwen3", "qwen3_moe", 0),
+        ("mistral", "ernie4_5_moe", 1),
+    ];
     for (base, family, shared_experts) in cases {
         let Some(base) = shared(&format!("golden/moe/{base}/base")) else { return };
         check(&base, family, shared_experts);

@@ -135,14 +135,20 @@ impl Case {
         });
         let inner = &base["intermediate_size"];
         let own = match self.to {
-            "mixtral" => json!({"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": inner,
-                "sliding_window": null, "head_dim": base["head_dim"]}),
-            "qwen2_moe" => json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": inner,
+            "mixtral" => {
+                json!({"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": inner,
+                "sliding_window": null, "head_dim": base["head_dim"]})
+            }
+            "qwen2_moe" => {
+                json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": inner,
                 "shared_expert_intermediate_size": inner, "norm_topk_prob": true, "sliding_window": null,
-                "decoder_sparse_step": 1, "mlp_only_layers": []}),
-            "qwen3_moe" => json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": inner,
+                "decoder_sparse_step": 1, "mlp_only_layers": []})
+            }
+            "qwen3_moe" => {
+                json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": inner,
                 "norm_topk_prob": true, "sliding_window": null, "head_dim": base["head_dim"],
-                "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": false}),
+                "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": false})
+            }
             "granitemoeshared" => json!({"num_local_experts": 3, "num_experts_per_tok": 2,
                 "intermediate_size": inner, "logits_scaling": 1.0, "residual_multiplier": 1.0,
                 "embedding_multiplier": 1.0,

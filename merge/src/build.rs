@@ -17,7 +17,8 @@ use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::recipe::{
-    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors, SourceSpec,
+    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, Place, RecipeErrors,
+    SourceSpec,
 };
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
@@ -275,8 +276,7 @@ impl Prepared {
             shared: (!routers.shared.is_empty())
                 .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
         };
-        let written =
-            write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
+        let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)?;
         let output = staging.publish()?;
         seconds.write = clock.elapsed().as_secs_f64();
 
@@ -359,7 +359,10 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
     let experts = recipe.experts.iter().chain(&recipe.shared_experts);
     let ours = matches!(recipe.gate_mode, GateMode::Auto | GateMode::Logistic)
         || !matches!(recipe.attention, Attention::Base)
-        || recipe.architecture == [Architecture::Ernie45Moe]
+        || matches!(
+            recipe.architecture[..],
+            [Architecture::Ernie45Moe | Architecture::GraniteMoeShared]
+        )
         || recipe.base_tokenizer
         || recipe.output.is_some()
         || recipe.seed != 0
@@ -469,8 +472,13 @@ impl Prompts {
         if matches!(method, Method::Seed(_)) {
             // Only the number of experts counts.
             let none = |n| vec![TokenPrompts::default(); n];
-            let shared = if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
-            return Ok(Self { experts: none(recipe.experts.len()), shared: none(shared), bos: false });
+            let shared =
+                if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
+            return Ok(Self {
+                experts: none(recipe.experts.len()),
+                shared: none(shared),
+                bos: false,
+            });
         }
         let context = tokenizer.base.config.usize("max_position_embeddings").unwrap_or(usize::MAX);
         let tokenizer = tokenizer.get()?;
@@ -512,7 +520,8 @@ impl Prompts {
 fn forecast_lines(routers: &Routers, names: &[String]) -> Vec<String> {
     let Some(forecast) = &routers.forecast else { return Vec::new() };
     let mut lines = vec![
-        "| expert | own held-out tokens routed to it | among its top-k | predicted load |".to_owned(),
+        "| expert | own held-out tokens routed to it | among its top-k | predicted load |"
+            .to_owned(),
         "|---|---|---|---|".to_owned(),
     ];
     let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s));
