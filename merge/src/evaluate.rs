@@ -85,8 +85,7 @@ impl Evaluation {
     /// Share of what the expert of a domain gains over the base that the MoE gains too, by log perplexity; `None` where no
     /// expert has the domain's name or it gains less than one part in a thousand.
     pub fn recovered(&self, domain: usize) -> Option<f64> {
-        let of =
-            |name: &str| Some(self.models.iter().find(|m| m.name == name)?.perplexity[domain].ln());
+        let of = |name: &str| Some(self.models.iter().find(|m| m.name == name)?.perplexity[domain].ln());
         let (base, own, moe) = (of("base")?, of(&self.domains[domain])?, of("MoE")?);
         (base - own > 1e-3).then(|| (base - moe) / (base - own))
     }
@@ -118,7 +117,8 @@ pub fn evaluate(
             interrupt.check()?;
             let windows = Windows { window, stride: None };
             let origin = domain.path.display().to_string();
-            let p = perplexity(model, &tokenizer, &domain.text, &origin, windows, &mut |_, _| {})?;
+            let p =
+                perplexity(model, &tokenizer, &domain.text, &origin, windows, &mut |_, _| {})?;
             done(p.computed);
             tokens.push(p.tokens);
             row.push(p.perplexity());

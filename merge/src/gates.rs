@@ -71,10 +71,7 @@ pub struct Routers {
 /// # Errors
 /// What opening or running the base meets; [`MergeError::Router`] with the layer if the estimator refuses;
 /// interruption.
-pub fn compute(
-    request: &GateRequest<'_>,
-    done: &mut dyn FnMut(usize),
-) -> Result<Routers, MergeError> {
+pub fn compute(request: &GateRequest<'_>, done: &mut dyn FnMut(usize)) -> Result<Routers, MergeError> {
     let spec = Spec::of(request.base)?;
     let (layers, hidden) = (spec.layers.len(), spec.hidden);
     let mut made = Made { gates: Vec::new(), shared: Vec::new(), fits: Vec::new() };
@@ -94,8 +91,7 @@ pub fn compute(
         Method::Embeddings(estimate) => {
             let rows = |prompts: &[TokenPrompts]| -> Result<Gate, MergeError> {
                 let embedded = Embedded::read(request.base, &spec, prompts)?;
-                estimate(&embedded.prompts(), hidden)
-                    .map_err(|source| MergeError::Router { layer: 0, source })
+                estimate(&embedded.prompts(), hidden).map_err(|source| MergeError::Router { layer: 0, source })
             };
             let gate = rows(request.experts)?;
             made.gates = vec![gate; layers];
@@ -202,8 +198,7 @@ impl Made {
 fn samples<'a>(prompts: &[ExpertPrompts<'a>], hidden: usize, skip: usize) -> Samples<'a> {
     let mut examples = Vec::new();
     for (expert, prompts) in prompts.iter().enumerate() {
-        for (sign, inputs) in
-            [(Sign::Positive, &prompts.positive), (Sign::Negative, &prompts.negative)]
+        for (sign, inputs) in [(Sign::Positive, &prompts.positive), (Sign::Negative, &prompts.negative)]
         {
             examples.extend(inputs.iter().map(|i| Example { expert, sign, inputs: &i[skip..] }));
         }

@@ -34,6 +34,6 @@ pub mod write;
 
 pub use dense::dense;
 pub use error::MergeError;
-pub use plan::{Assembly, ExpertInput, Gates, Plan};
 pub use sources::open;
+pub use plan::{Assembly, ExpertInput, Gates, Plan};
 pub use write::{Provenance, Written, write, write_dense};

@@ -222,6 +222,10 @@ fn tokenizer_for_both(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut config: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
     let class = config.get_mut("tokenizer_class").filter(|c| *c == "TokenizersBackend")?;
     *class = "PreTrainedTokenizerFast".into();
+    // Under its old name the class also returns token types, which `generate` of 4.x refuses.
+    config
+        .entry("model_input_names")
+        .or_insert_with(|| serde_json::json!(["input_ids", "attention_mask"]));
     let mut text = serde_json::to_vec_pretty(&config).ok()?;
     text.push(b'\n');
     Some(text)

@@ -49,6 +49,8 @@ def check_tokenizer(ours, source):
     b = tokenizers.Tokenizer.from_file(str(pathlib.Path(source) / "tokenizer.json"))
     settings = json.loads((pathlib.Path(source) / "tokenizer_config.json").read_text())
     texts = list(TEXTS)
+    if extra := set(a("text")) - {"input_ids", "attention_mask"}:
+        complaints.append(f"the tokenizer returns {sorted(extra)}, which the model does not take")
     if a.chat_template != settings.get("chat_template"):
         complaints.append("chat template differs")
     if a.chat_template:
