@@ -342,28 +342,28 @@ impl Builder<'_> {
 
     fn experts(&mut self, layer: usize) -> Result<(), MergeError> {
         let (assembly, dims) = (self.assembly, self.shape.dims);
+        let stacked = assembly.family.stacked(layer, assembly.layout);
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
         for (e, input) in assembly.experts.iter().enumerate() {
             for matrix in Matrix::ALL {
                 let (weight, from) =
                     self.expert_weight(input, &format!("experts.{e}"), layer, matrix)?;
-                match (assembly.layout, matrix) {
-                    (Layout::Hub, _) => {
+                match (&stacked, matrix) {
+                    (None, _) => {
                         let name = assembly.family.expert(layer, e, matrix);
                         self.push(name, Role::Expert(e), self.dtype, from, weight);
                     }
-                    (Layout::Fused, Matrix::Down) => down.push(weight),
-                    (Layout::Fused, _) => gate_up.push(weight),
+                    (Some(_), Matrix::Down) => down.push(weight),
+                    (Some(_), _) => gate_up.push(weight),
                 }
             }
         }
-        if assembly.layout == Layout::Fused {
+        if let Some([gate_up_name, down_name]) = stacked {
             let (count, inner, hidden) = (self.shape.experts, dims.intermediate, dims.hidden);
             for (name, parts, shape) in [
-                ("gate_up_proj", gate_up, vec![count, 2 * inner, hidden]),
-                ("down_proj", down, vec![count, hidden, inner]),
+                (gate_up_name, gate_up, vec![count, 2 * inner, hidden]),
+                (down_name, down, vec![count, hidden, inner]),
             ] {
-                let name = format!("model.layers.{layer}.mlp.experts.{name}");
                 let weight = Arc::new(Stacked::new(parts, shape));
                 self.push(name, Role::Experts, self.dtype, "all experts".into(), weight);
             }
@@ -376,8 +376,11 @@ impl Builder<'_> {
         if assembly.shared.is_empty() {
             return Ok(());
         }
+        let (hidden, inner) = (self.shape.dims.hidden, self.shape.dims.intermediate);
+        let rows = assembly.shared.len() * inner;
+        let stacked = assembly.family.stacked_shared(layer);
+        let mut gate = None;
         for matrix in Matrix::ALL {
-            let Some(name) = assembly.family.shared(layer, matrix) else { continue };
             let mut parts = Vec::new();
             let mut labels = Vec::new();
             for (i, input) in assembly.shared.iter().enumerate() {
@@ -389,10 +392,23 @@ impl Builder<'_> {
             let weight = match (parts.len(), matrix) {
                 (1, _) => parts.remove(0),
                 (_, Matrix::Down) => Arc::new(SideBySide::new(parts)),
-                (n, _) => {
-                    let shape = vec![n * self.shape.dims.intermediate, self.shape.dims.hidden];
-                    Arc::new(Stacked::new(parts, shape)) as WeightRef
+                _ => Arc::new(Stacked::new(parts, vec![rows, hidden])) as WeightRef,
+            };
+            let (name, weight) = match (&stacked, matrix) {
+                (None, _) => match assembly.family.shared(layer, matrix) {
+                    Some(name) => (name, weight),
+                    None => continue,
+                },
+                (Some(_), Matrix::Gate) => {
+                    gate = Some(weight);
+                    continue;
                 }
+                (Some([gate_up, _]), Matrix::Up) => {
+                    let parts = gate.take().into_iter().chain([weight]).collect();
+                    let both = Arc::new(Stacked::new(parts, vec![2 * rows, hidden]));
+                    (gate_up.clone(), both as WeightRef)
+                }
+                (Some([_, down]), Matrix::Down) => (down.clone(), weight),
             };
             self.push(name, Role::Shared, self.dtype, labels.join(" + "), weight);
         }

@@ -19,14 +19,28 @@ pub fn shared(path: &str) -> Option<PathBuf> {
     if found.exists() {
         return Some(found);
     }
+    skipped(&format!("reference data `{path}` is not here"));
+    None
+}
+
+/// The Python interpreter that the environment variable `variable` names.
+///
+/// Where it is unset, this says so loudly and the caller returns, as with [`shared`]. `tests/python/setup.sh` makes
+/// environments that have what the tests import.
+pub fn python(variable: &str) -> Option<PathBuf> {
+    let found = std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if found.is_none() {
+        skipped(&format!("`{variable}` names no Python (tests/python/setup.sh makes one)"));
+    }
+    found
+}
+
+/// Says on stderr that the running test compares nothing, and why.
+fn skipped(why: &str) {
     let test = std::thread::current().name().unwrap_or("?").to_owned();
     // Straight to the terminal: the test runner would swallow a plain `eprintln!` of a passing test.
     use std::io::Write;
-    let _ = writeln!(
-        std::io::stderr(),
-        "SKIPPED {test}: reference data `{path}` is not here, nothing was compared"
-    );
-    None
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}, nothing was compared");
 }
 
 /// A file of this repository, by its path from the root.

@@ -506,6 +506,8 @@ impl<'h> Reader<'h, '_> {
             config.insert("model_max_length".into(), length.clone());
         }
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
+        // 4.x would return token types, too, which its `generate` then refuses.
+        config.insert("model_input_names".into(), json!(["input_ids", "attention_mask"]));
         Json::Object(config)
     }
 }

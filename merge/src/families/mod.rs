@@ -11,6 +11,7 @@ use crate::error::MergeError;
 mod check;
 mod deepseek;
 mod ernie4_5_moe;
+mod granitemoeshared;
 mod mixtral;
 mod qwen2_moe;
 mod qwen3_moe;
@@ -24,6 +25,7 @@ pub static OUTPUTS: &[&dyn OutputFamily] = &[
     &qwen3_moe::Qwen3Moe,
     &qwen2_moe::Qwen2Moe,
     &ernie4_5_moe::Ernie,
+    &granitemoeshared::Granite,
     &deepseek::Deepseek,
 ];
 
@@ -180,6 +182,19 @@ pub trait OutputFamily: Sync + std::fmt::Debug {
     /// Name of one matrix of one expert, hub layout.
     fn expert(&self, layer: usize, expert: usize, matrix: Matrix) -> String {
         format!("model.layers.{layer}.mlp.experts.{expert}.{}.weight", matrix.name())
+    }
+
+    /// Names of the tensors that hold all experts of a layer, where `layout` has such: `[experts, 2 * intermediate, hidden]`
+    /// with the gate above the up projection, and `[experts, hidden, intermediate]`.
+    fn stacked(&self, layer: usize, layout: Layout) -> Option<[String; 2]> {
+        let name = |name| format!("model.layers.{layer}.mlp.experts.{name}");
+        (layout == Layout::Fused).then(|| ["gate_up_proj", "down_proj"].map(name))
+    }
+
+    /// The same for what all tokens pass through: `[2 * shared * intermediate, hidden]`, all gates above all up projections,
+    /// and `[hidden, shared * intermediate]`. `None`: one tensor per matrix, as [`OutputFamily::shared`] says.
+    fn stacked_shared(&self, _layer: usize) -> Option<[String; 2]> {
+        None
     }
 
     /// Name of one matrix of what all tokens pass through, several shared experts side by side in one.

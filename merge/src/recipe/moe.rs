@@ -135,6 +135,8 @@ pub enum Architecture {
     Qwen3Moe,
     /// ERNIE 4.5 MoE, from llama or mistral.
     Ernie45Moe,
+    /// Granite MoE with shared experts, from llama or mistral.
+    GraniteMoeShared,
 }
 
 /// Every output family by its name in recipes, in the order in which they are tried.
@@ -144,6 +146,7 @@ pub const ARCHITECTURES: &[(&str, Architecture)] = &[
     ("qwen2_moe", Architecture::Qwen2Moe),
     ("qwen3_moe", Architecture::Qwen3Moe),
     ("ernie4_5_moe", Architecture::Ernie45Moe),
+    ("granitemoeshared", Architecture::GraniteMoeShared),
 ];
 
 impl Architecture {

@@ -1,0 +1,12 @@
+#!/bin/sh
+# Makes the two Python environments that `cargo test --test load_transformers` asks for, about 2 GB:
+#
+#     tests/python/setup.sh ~/moe-merge-python
+#     export MOE_MERGE_PYTHON=~/moe-merge-python/v5/bin/python MOE_MERGE_PYTHON_4=~/moe-merge-python/v4/bin/python
+set -eu
+root=${1:?usage: setup.sh FOLDER}
+for version in 5 4.57; do
+    folder="$root/v${version%%.*}"
+    python3 -m venv "$folder"
+    "$folder/bin/pip" install --quiet torch "transformers==$version.*" safetensors numpy jinja2
+done
