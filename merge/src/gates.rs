@@ -204,7 +204,7 @@ impl Made {
         if let Method::RouterInputs(estimate) = request.estimator.method {
             let skip = if request.bos { hidden } else { 0 };
             let options = Options { top_k: request.top_k, ..Options::default() };
-            let fits: Vec<_> = std::mem::take(&mut self.waiting)
+            let fits: Vec<Result<(usize, Fit), MergeError>> = std::mem::take(&mut self.waiting)
                 .into_par_iter()
                 .map(|(layer, inputs)| {
                     request.interrupt.check()?;

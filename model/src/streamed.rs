@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::{Dtype, LogSumExp, MatView, Routing, linear};
 use rayon::prelude::*;
