@@ -55,8 +55,25 @@ fn square_products(a: &[f32], b: &[f32], out: &mut [f32], threads: usize) {
         // SAFETY: three square matrices of SIZE.
         unsafe {
             gemm::gemm(
-                SIZE, SIZE, SIZE, out.as_mut_ptr(), SIZE as isize, 1, false, a.as_ptr(), SIZE as isize, 1,
-                b.as_ptr(), SIZE as isize, 1, 0f32, 1f32, false, false, false, gemm::Parallelism::None,
+                SIZE,
+                SIZE,
+                SIZE,
+                out.as_mut_ptr(),
+                SIZE as isize,
+                1,
+                false,
+                a.as_ptr(),
+                SIZE as isize,
+                1,
+                b.as_ptr(),
+                SIZE as isize,
+                1,
+                0f32,
+                1f32,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
             );
         }
     });
@@ -65,9 +82,14 @@ fn square_products(a: &[f32], b: &[f32], out: &mut [f32], threads: usize) {
 fn prefill(threads: usize) {
     let (a, b) = (numbers(SIZE * SIZE), numbers(SIZE * SIZE));
     let mut square = vec![0.0; SIZE * SIZE * threads];
-    for (tokens, rows, cols) in
-        [(512, 1536, 576), (512, 576, 1536), (512, 576, 576), (512, 192, 576), (32, 1536, 576), (512, 4096, 4096)]
-    {
+    for (tokens, rows, cols) in [
+        (512, 1536, 576),
+        (512, 576, 1536),
+        (512, 576, 576),
+        (512, 192, 576),
+        (32, 1536, 576),
+        (512, 4096, 4096),
+    ] {
         for dtype in [Dtype::BF16, Dtype::F32] {
             let (x, bytes) = (numbers(tokens * cols), stored(rows * cols, dtype));
             let weight = MatView::new(&bytes, dtype, rows, cols).expect("sizes fit");

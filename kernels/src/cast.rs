@@ -1,7 +1,7 @@
 //! Conversions between `f32` and weights as stored. Rounding is to nearest, ties to even.
 
-use half::slice::HalfFloatSliceExt;
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// How the numbers of a weight are stored, little-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -174,8 +174,9 @@ mod tests {
 
     #[test]
     fn rounding_is_that_of_half() {
-        let values: Vec<f32> =
-            (0..1u32 << 20).map(|i| f32::from_bits(i.wrapping_mul(4093).wrapping_add(i << 20))).collect();
+        let values: Vec<f32> = (0..1u32 << 20)
+            .map(|i| f32::from_bits(i.wrapping_mul(4093).wrapping_add(i << 20)))
+            .collect();
         let mut out = vec![0; values.len() * 2];
         narrow(&values, Dtype::BF16, &mut out);
         for (v, o) in values.iter().zip(out.chunks_exact(2)) {

@@ -209,7 +209,8 @@ fn score(
     for from in (0..spec.vocab).step_by(HEAD_ROWS) {
         let to = spec.vocab.min(from + HEAD_ROWS);
         let (bytes, dtype) = head_block(&head, from, to)?;
-        let block = MatView::new(&bytes, dtype, to - from, spec.hidden).map_err(ModelError::from)?;
+        let block =
+            MatView::new(&bytes, dtype, to - from, spec.hidden).map_err(ModelError::from)?;
         let chunks = places.chunks(HEAD_TOKENS).zip(states.chunks(HEAD_TOKENS * spec.hidden));
         let results = totals.chunks_mut(HEAD_TOKENS).zip(own.chunks_mut(HEAD_TOKENS));
         for ((places, states), (totals, own)) in chunks.zip(results) {
