@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_merge_kernels::{Dtype, cast};
+use rayon::prelude::*;
 
 use crate::error::CheckpointError;
 use crate::map::MappedFile;
@@ -181,13 +182,19 @@ impl OwnedWeight {
     pub fn materialise(weight: &dyn Weight) -> Result<Self, CheckpointError> {
         let (cols, rows, dtype) = (weight.cols(), weight.rows(), weight.dtype());
         let mut bytes = vec![0; weight.len() * dtype.size()];
-        let mut values = vec![0.0; (ROWS_AT_ONCE.min(rows.max(1))) * cols];
-        for from in (0..rows).step_by(ROWS_AT_ONCE) {
-            let to = rows.min(from + ROWS_AT_ONCE);
-            let values = &mut values[..(to - from) * cols];
-            weight.read_rows(from..to, values)?;
-            let width = cols * dtype.size();
-            cast::narrow(values, dtype, &mut bytes[from * width..to * width]);
+        let width = cols * dtype.size();
+        if rows * width > 0 {
+            bytes
+                .par_chunks_mut(ROWS_AT_ONCE * width)
+                .enumerate()
+                .map(|(i, out)| {
+                    let from = i * ROWS_AT_ONCE;
+                    let mut values = vec![0.0; out.len() / dtype.size()];
+                    weight.read_rows(from..from + out.len() / width, &mut values)?;
+                    cast::narrow(&values, dtype, out);
+                    Ok(())
+                })
+                .collect::<Result<(), CheckpointError>>()?;
         }
         Ok(Self { bytes, dtype, shape: weight.shape().to_vec(), name: weight.origin().1 })
     }

@@ -1,5 +1,14 @@
 //! Activation functions of gated MLPs.
 
+use rayon::prelude::*;
+
+use crate::simd::{each_set, exp};
+
+/// Numbers of one task: small ones are not worth another thread.
+const CHUNK: usize = 1 << 15;
+
+const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+
 /// Which function a gated MLP applies to its gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -33,12 +42,33 @@ impl Activation {
 
     /// `gate[i] = f(gate[i]) * up[i]`.
     pub fn gate(self, gate: &mut [f32], up: &[f32]) {
-        match self {
-            Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = silu(*g) * u),
-            Activation::GeluTanh => {
-                gate.iter_mut().zip(up).for_each(|(g, u)| *g = gelu_tanh(*g) * u)
-            }
+        let chunk = |gate: &mut [f32], up: &[f32]| match self {
+            Activation::Silu => silu_gate(gate, up),
+            Activation::GeluTanh => gelu_tanh_gate(gate, up),
             Activation::Gelu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = gelu(*g) * u),
+        };
+        if gate.len() <= CHUNK {
+            return chunk(gate, up);
+        }
+        gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| chunk(g, u));
+    }
+}
+
+each_set! {
+    fn silu_gate(gate: &mut [f32], up: &[f32]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    }
+}
+
+each_set! {
+    fn gelu_tanh_gate(gate: &mut [f32], up: &[f32]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            // x/2 (1 + tanh y) = x / (1 + exp(-2y))
+            let x = *g;
+            let y = SQRT_2_OVER_PI * (x + 0.044715 * x * x * x);
+            *g = x / (1.0 + exp(-2.0 * y)) * u;
         }
     }
 }
@@ -55,7 +85,6 @@ pub fn sigmoid(x: f32) -> f32 {
 
 /// GELU with the tanh approximation that `gelu_pytorch_tanh` names.
 pub fn gelu_tanh(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
     0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)).tanh())
 }
 

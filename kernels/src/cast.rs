@@ -1,7 +1,7 @@
 //! Conversions between `f32` and weights as stored. Rounding is to nearest, ties to even.
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 /// How the numbers of a weight are stored, little-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,9 +67,7 @@ pub fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
             }
         }
         Dtype::BF16 => {
-            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *o = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
-            }
+            widen_bf16(bytes, out);
         }
         Dtype::F16 => {
             let mut block = [f16::ZERO; BLOCK];
@@ -84,6 +82,28 @@ pub fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
     }
 }
 
+crate::simd::each_set! {
+    fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+            *o = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
+        }
+    }
+}
+
+crate::simd::each_set! {
+    fn narrow_bf16(values: &[f32], out: &mut [u8]) {
+        for (v, o) in values.iter().zip(out.chunks_exact_mut(2)) {
+            let bits = v.to_bits();
+            let even = (bits >> 16) & 1;
+            let rounded = bits.wrapping_add(0x7fff + even) >> 16;
+            // A NaN keeps its upper bits, and one that says that it is quiet.
+            let quiet = (bits >> 16) | 0x40;
+            let half = if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded } as u16;
+            o.copy_from_slice(&half.to_le_bytes());
+        }
+    }
+}
+
 /// Rounds `f32` numbers to `dtype` and stores them; `out` has `values.len() * dtype.size()` bytes.
 pub fn narrow(values: &[f32], dtype: Dtype, out: &mut [u8]) {
     match dtype {
@@ -93,9 +113,7 @@ pub fn narrow(values: &[f32], dtype: Dtype, out: &mut [u8]) {
             }
         }
         Dtype::BF16 => {
-            for (v, o) in values.iter().zip(out.chunks_exact_mut(2)) {
-                o.copy_from_slice(&bf16::from_f32(*v).to_bits().to_le_bytes());
-            }
+            narrow_bf16(values, out);
         }
         Dtype::F16 => {
             let mut block = [f16::ZERO; BLOCK];
@@ -152,6 +170,18 @@ mod tests {
         assert_eq!(out, [0x80, 0x3f]);
         narrow(&[1.0 + 3.0 * 2f32.powi(-8)], Dtype::BF16, &mut out);
         assert_eq!(out, [0x82, 0x3f]);
+    }
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        let values: Vec<f32> = (0..1u32 << 20)
+            .map(|i| f32::from_bits(i.wrapping_mul(4093).wrapping_add(i << 20)))
+            .collect();
+        let mut out = vec![0; values.len() * 2];
+        narrow(&values, Dtype::BF16, &mut out);
+        for (v, o) in values.iter().zip(out.chunks_exact(2)) {
+            assert_eq!(half::bf16::from_f32(*v).to_bits().to_le_bytes(), o, "{v}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod linear;
 mod norm;
 pub mod rope;
 pub mod routing;
+mod simd;
 mod view;
 
 pub use activation::Activation;
@@ -34,7 +35,7 @@ pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};
 pub use error::KernelError;
 pub use linear::linear;
-pub use norm::{rms_norm, softmax};
+pub use norm::{LogSumExp, rms_norm, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
 pub use routing::{RouterSpec, Routing, Score, route};
 pub use view::MatView;

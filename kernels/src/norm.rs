@@ -1,6 +1,7 @@
 //! Normalisation and softmax of rows.
 
 use crate::error::KernelError;
+use crate::simd::{each_set, exp};
 
 /// Root mean square normalisation of rows.
 ///
@@ -39,19 +40,130 @@ pub fn rms_norm(
 
 /// Softmax of one row in place, the largest value subtracted first.
 pub fn softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-    let mut sum = 0f32;
-    for v in row.iter_mut() {
-        *v = (*v - max).exp();
-        sum += *v;
-    }
+    let mut sum = 0.0;
+    let max = largest(row);
+    exp_and_sum(row, max, &mut sum);
     let inverse = 1.0 / sum;
     row.iter_mut().for_each(|v| *v *= inverse);
+}
+
+/// Sums side by side: vectors of any width, and the same bits with all of them.
+const LANES: usize = 32;
+
+each_set! {
+    /// `row = exp(row - max)`, and its sum.
+    fn exp_and_sum(row: &mut [f32], max: f32, sum: &mut f32) {
+        let mut lanes = [0f32; LANES];
+        let mut chunks = row.chunks_exact_mut(LANES);
+        for chunk in &mut chunks {
+            for (v, lane) in chunk.iter_mut().zip(&mut lanes) {
+                *v = exp(*v - max);
+                *lane += *v;
+            }
+        }
+        let mut rest = 0.0;
+        for v in chunks.into_remainder() {
+            *v = exp(*v - max);
+            rest += *v;
+        }
+        *sum = lanes.iter().sum::<f32>() + rest;
+    }
+}
+
+each_set! {
+    fn largest_into(row: &[f32], max: &mut f32) {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let chunks = row.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (v, lane) in chunk.iter().zip(&mut lanes) {
+                *lane = if *v > *lane { *v } else { *lane };
+            }
+        }
+        *max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    }
+}
+
+fn largest(row: &[f32]) -> f32 {
+    let mut max = 0.0;
+    largest_into(row, &mut max);
+    max
+}
+
+each_set! {
+    /// Sum of `exp(v - max)`: products and exponentials in f32, sums of at most 128 of them side by side, the rest in f64.
+    fn sum_exp(row: &[f32], max: f32, sum: &mut f64) {
+        for block in row.chunks(128 * LANES) {
+            let mut lanes = [0f32; LANES];
+            let chunks = block.chunks_exact(LANES);
+            let rest = chunks.remainder();
+            for chunk in chunks {
+                for (v, lane) in chunk.iter().zip(&mut lanes) {
+                    *lane += exp(*v - max);
+                }
+            }
+            for v in lanes {
+                *sum += f64::from(v);
+            }
+            for v in rest {
+                *sum += f64::from(exp(*v - max));
+            }
+        }
+    }
+}
+
+/// `ln(sum(exp(x)))` of numbers that come piece by piece; to about 1e-7 of the sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogSumExp {
+    max: f32,
+    sum: f64,
+}
+
+impl Default for LogSumExp {
+    fn default() -> Self {
+        Self { max: f32::NEG_INFINITY, sum: 0.0 }
+    }
+}
+
+impl LogSumExp {
+    /// Adds `row`.
+    pub fn add(&mut self, row: &[f32]) {
+        let max = largest(row);
+        if max > self.max {
+            self.sum *= f64::from(self.max - max).exp();
+            self.max = max;
+        }
+        let from = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
+        sum_exp(row, from, &mut self.sum);
+    }
+
+    /// The logarithm; NaN if one of the numbers was.
+    pub fn value(&self) -> f64 {
+        f64::from(self.max) + self.sum.ln()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn log_sum_exp_in_pieces() {
+        let row: Vec<f32> = (0..5000).map(|i| ((i * 7919) % 1009) as f32 / 30.0 - 17.0).collect();
+        let expected: f64 = row.iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
+        for piece in [1, 37, 4096, 5000] {
+            let mut sum = LogSumExp::default();
+            row.chunks(piece).for_each(|p| sum.add(p));
+            assert!((sum.value() - expected).abs() < 2e-7, "{piece} {}", sum.value() - expected);
+        }
+        let mut sum = LogSumExp::default();
+        sum.add(&[1.0, f32::NAN]);
+        assert!(sum.value().is_nan());
+        sum = LogSumExp::default();
+        sum.add(&[f32::NEG_INFINITY]);
+        sum.add(&[3.0]);
+        assert_eq!(sum.value(), 3.0);
+    }
 
     #[test]
     fn rms_norm_by_hand() {

@@ -377,7 +377,10 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
     let experts = recipe.experts.iter().chain(&recipe.shared_experts);
     let ours = matches!(recipe.gate_mode, GateMode::Auto | GateMode::Logistic)
         || !matches!(recipe.attention, Attention::Base)
-        || recipe.architecture == [Architecture::Ernie45Moe]
+        || matches!(
+            recipe.architecture[..],
+            [Architecture::Ernie45Moe | Architecture::GraniteMoeShared]
+        )
         || recipe.base_tokenizer
         || recipe.output.is_some()
         || recipe.seed != 0

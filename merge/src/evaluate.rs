@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{CheckpointError, Source};
-use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows, perplexity};
-use moe_merge_model::{Model, Tokenizer};
+use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows};
+use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
+use moe_merge_model::{ModelError, Spec, Tokenizer};
 
 use crate::error::MergeError;
 
@@ -108,75 +109,85 @@ pub fn evaluate(
     done: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, MergeError> {
     let tokenizer = Tokenizer::from_source(moe)?;
-    let opened = Model::open(moe)?;
-    let window = DEFAULT_WINDOW.min(opened.spec().max_positions);
-    let mut tokens = Vec::new();
-    let mut score = |model: &Model| -> Result<Vec<f64>, MergeError> {
-        let mut row = Vec::new();
-        tokens.clear();
-        for domain in domains {
-            interrupt.check()?;
-            let windows = Windows { window, stride: None };
-            let origin = domain.path.display().to_string();
-            let p = perplexity(model, &tokenizer, &domain.text, &origin, windows, &mut |_, _| {})?;
-            done(p.computed);
-            tokens.push(p.tokens);
-            row.push(p.perplexity());
-        }
-        Ok(row)
+    let window = DEFAULT_WINDOW.min(Spec::of(moe)?.max_positions);
+    let ids = domains
+        .iter()
+        .map(|d| Ok((tokenizer.encode(&d.text)?, d.path.display().to_string())))
+        .collect::<Result<Vec<_>, MergeError>>()?;
+    let texts: Vec<TokenText<'_>> =
+        ids.iter().map(|(tokens, origin)| TokenText { tokens, origin }).collect();
+    let mut pass = Pass { interrupt, done, loads: vec![Load::default(); texts.len()] };
+    let mut score = |source: &Source| -> Result<(Vec<f64>, Vec<usize>, Vec<Load>), MergeError> {
+        pass.loads.fill(Load::default());
+        let windows = Windows { window, stride: None };
+        let found = perplexities(source, &texts, tokenizer.bos(), windows, &mut pass)?;
+        let tokens = found.iter().map(|p| p.tokens).collect();
+        Ok((found.iter().map(|p| p.perplexity()).collect(), tokens, pass.loads.clone()))
     };
     let mut rows: Vec<ModelRow> = Vec::new();
     for (name, source) in models {
         let perplexity = match (source, rows.first()) {
             (None, Some(first)) => first.perplexity.clone(),
-            (Some(source), _) => score(&Model::open(source)?)?,
+            (Some(source), _) => score(source)?.0,
             (None, None) => continue,
         };
         rows.push(ModelRow { name: name.clone(), perplexity });
     }
-    rows.push(ModelRow { name: "MoE".into(), perplexity: score(&opened)? });
-    let routing = domains
-        .iter()
-        .map(|domain| {
-            interrupt.check()?;
-            routing(&opened, &tokenizer, domain, window)
-        })
-        .collect::<Result<_, _>>()?;
+    let (perplexity, tokens, loads) = score(moe)?;
+    rows.push(ModelRow { name: "MoE".into(), perplexity });
     Ok(Evaluation {
         window,
         domains: domains.iter().map(|d| d.name.clone()).collect(),
         tokens,
         models: rows,
-        routing,
+        routing: domains.iter().zip(&loads).map(|(d, l)| l.row(&d.name)).collect(),
     })
 }
 
-/// Where the tokens of `domain` go, window by window.
-fn routing(
-    moe: &Model,
-    tokenizer: &Tokenizer,
-    domain: &Domain,
-    window: usize,
-) -> Result<RoutingRow, MergeError> {
-    let ids = tokenizer.encode(&domain.text)?;
-    let bos = tokenizer.bos();
-    let (mut first, mut any): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
-    let mut seen = 0u64;
-    for piece in ids.chunks(window - usize::from(bos.is_some())) {
-        let tokens: Vec<u32> = bos.into_iter().chain(piece.iter().copied()).collect();
-        let skip = usize::from(bos.is_some());
-        for layer in moe.routing(&tokens)? {
-            first.resize(layer.experts, 0);
-            any.resize(layer.experts, 0);
-            for chosen in layer.routing.ids.chunks_exact(layer.routing.top_k).skip(skip) {
-                seen += 1;
-                first[chosen[0] as usize] += 1;
-                chosen.iter().for_each(|&e| any[e as usize] += 1);
-            }
+/// How often the tokens of one domain visit each expert, over all layers.
+#[derive(Debug, Clone, Default)]
+struct Load {
+    first: Vec<u64>,
+    any: Vec<u64>,
+    seen: u64,
+}
+
+impl Load {
+    fn row(&self, domain: &str) -> RoutingRow {
+        let share = |counts: &[u64]| {
+            counts.iter().map(|&c| c as f64 / self.seen.max(1) as f64).collect()
+        };
+        RoutingRow { domain: domain.to_owned(), first: share(&self.first), any: share(&self.any) }
+    }
+}
+
+/// One model's way through all domains.
+struct Pass<'a> {
+    interrupt: &'a Interrupt,
+    done: &'a mut dyn FnMut(usize),
+    loads: Vec<Load>,
+}
+
+impl Watcher for Pass<'_> {
+    fn advance(&mut self, tokens: usize) {
+        (self.done)(tokens);
+    }
+
+    fn routed(&mut self, window: WindowRouting<'_>) {
+        let load = &mut self.loads[window.text];
+        load.first.resize(load.first.len().max(window.experts), 0);
+        load.any.resize(load.any.len().max(window.experts), 0);
+        let routing = window.routing;
+        for chosen in routing.ids.chunks_exact(routing.top_k).skip(window.skip) {
+            load.seen += 1;
+            load.first[chosen[0] as usize] += 1;
+            chosen.iter().for_each(|&e| load.any[e as usize] += 1);
         }
     }
-    let share = |counts: &[u64]| counts.iter().map(|&c| c as f64 / seen.max(1) as f64).collect();
-    Ok(RoutingRow { domain: domain.name.clone(), first: share(&first), any: share(&any) })
+
+    fn go_on(&mut self) -> Result<(), ModelError> {
+        Ok(self.interrupt.check()?)
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@ use moe_merge_router::{
     estimators, report,
 };
 
+use rayon::prelude::*;
+
 use crate::error::MergeError;
 
 /// The prompts of one expert as token ids, each beginning with bos where the tokenizer has one.
@@ -119,7 +121,7 @@ fn estimate_all(
 ) -> Result<Routers, MergeError> {
     let spec = Spec::of(request.base)?;
     let (layers, hidden) = (spec.layers.len(), spec.hidden);
-    let mut made = Made { gates: Vec::new(), shared: Vec::new(), fits: Vec::new() };
+    let mut made = Made::default();
     match request.estimator.method {
         Method::Seed(draw) => {
             let count = request.experts.len();
@@ -151,8 +153,9 @@ fn estimate_all(
             let mut failed = None;
             let ran = probe(request.base, &prompts, &mut |layer| {
                 request.interrupt.check()?;
-                done(layer.layer);
-                made.layer(request, hidden, &layer).map_err(|e| {
+                let last = layer.layer + 1 == layers;
+                let result = made.layer(request, hidden, &layer);
+                result.and_then(|()| made.fit(request, hidden, last, done)).map_err(|e| {
                     failed = Some(e);
                     ModelError::Stopped("no gate could be made".into())
                 })
@@ -182,10 +185,19 @@ fn sort_out<'a>(prompts: &[TokenPrompts], states: &'a [Vec<f32>]) -> Vec<ExpertP
         .collect()
 }
 
+/// Bytes of router inputs that wait to be fitted together.
+const WAITING: usize = 64 << 20;
+
+#[derive(Default)]
 struct Made {
     gates: Vec<Gate>,
     shared: Vec<Gate>,
     fits: Vec<(usize, Fit)>,
+    /// Layers whose router inputs, one per prompt, wait for a fit: several layers keep all threads busy where one
+    /// alone is too small to share.
+    waiting: Vec<(usize, Vec<Vec<f32>>)>,
+    /// Layers that were seen and not yet told of.
+    seen: Vec<usize>,
 }
 
 impl Made {
@@ -195,6 +207,7 @@ impl Made {
         hidden: usize,
         probe: &LayerProbe<'_>,
     ) -> Result<(), MergeError> {
+        self.seen.push(probe.layer);
         let stopped = |source: RouterError| MergeError::Router { layer: probe.layer, source };
         let routed: usize =
             request.experts.iter().map(|p| p.positive.len() + p.negative.len()).sum();
@@ -204,14 +217,8 @@ impl Made {
                 let prompts = sort_out(request.experts, streams);
                 self.gates.push(estimate(&prompts, hidden).map_err(stopped)?);
             }
-            Method::RouterInputs(estimate) => {
-                let inputs = sort_out(request.experts, &probe.router_input[..routed]);
-                let skip = if request.bos { hidden } else { 0 };
-                let samples = samples(&inputs, hidden, skip);
-                let options = Options { top_k: request.top_k, ..Options::default() };
-                let fit = estimate(&samples, &options).map_err(stopped)?;
-                self.gates.push(fit.gate.clone());
-                self.fits.push((probe.layer, fit));
+            Method::RouterInputs(_) => {
+                self.waiting.push((probe.layer, probe.router_input[..routed].to_vec()));
             }
             Method::Seed(_) | Method::Embeddings(_) => {}
         }
@@ -224,6 +231,42 @@ impl Made {
             let prompts = sort_out(request.shared, shared_streams);
             self.shared.push(estimate(&prompts, hidden).map_err(stopped)?);
         }
+        Ok(())
+    }
+
+    /// Fits the layers that wait, if they are many or there will be no more.
+    fn fit(
+        &mut self,
+        request: &GateRequest<'_>,
+        hidden: usize,
+        last: bool,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<(), MergeError> {
+        let inputs = self.waiting.iter().flat_map(|(_, inputs)| inputs);
+        let bytes: usize = inputs.map(|i| 4 * i.len()).sum();
+        if !last && bytes > 0 && bytes < WAITING {
+            return Ok(());
+        }
+        if let Method::RouterInputs(estimate) = request.estimator.method {
+            let skip = if request.bos { hidden } else { 0 };
+            let options = Options { top_k: request.top_k, ..Options::default() };
+            let fits: Vec<Result<(usize, Fit), MergeError>> = std::mem::take(&mut self.waiting)
+                .into_par_iter()
+                .map(|(layer, inputs)| {
+                    request.interrupt.check()?;
+                    let inputs = sort_out(request.experts, &inputs);
+                    let fit = estimate(&samples(&inputs, hidden, skip), &options)
+                        .map_err(|source| MergeError::Router { layer, source })?;
+                    Ok((layer, fit))
+                })
+                .collect();
+            for fit in fits {
+                let (layer, fit) = fit?;
+                self.gates.push(fit.gate.clone());
+                self.fits.push((layer, fit));
+            }
+        }
+        self.seen.drain(..).for_each(done);
         Ok(())
     }
 

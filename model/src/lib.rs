@@ -27,6 +27,7 @@ pub mod perplexity;
 mod probe;
 pub mod sampler;
 pub mod spec;
+pub mod streamed;
 mod text_error;
 pub mod tokenizer;
 pub mod verify;

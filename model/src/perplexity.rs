@@ -27,13 +27,13 @@ impl Default for Windows {
 
 /// One window of a text of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Window {
+pub(crate) struct Window {
     /// First text token that the model sees.
-    start: usize,
+    pub start: usize,
     /// First text token whose probability counts.
-    scored: usize,
+    pub scored: usize,
     /// One past the last text token.
-    end: usize,
+    pub end: usize,
 }
 
 impl Windows {
@@ -68,6 +68,24 @@ impl Windows {
             if end == len {
                 break;
             }
+        }
+        Ok(windows)
+    }
+
+    /// The windows of a text, which has at least one token to score.
+    pub(crate) fn cut_text(
+        self,
+        len: usize,
+        bos: usize,
+        origin: &str,
+    ) -> Result<Vec<Window>, TextError> {
+        let windows = self.cut(len, bos)?;
+        if windows.is_empty() {
+            return Err(TextError::EmptyText {
+                origin: origin.to_owned(),
+                expected: format!("at least {} tokens", 2 - bos),
+                found: len.to_string(),
+            });
         }
         Ok(windows)
     }
@@ -163,14 +181,7 @@ fn score(
 ) -> Result<Perplexity, TextError> {
     let started = Instant::now();
     let bos_len = usize::from(bos.is_some());
-    let windows = windows.cut(tokens.len(), bos_len)?;
-    if windows.is_empty() {
-        return Err(TextError::EmptyText {
-            origin: origin.to_owned(),
-            expected: format!("at least {} tokens", 2 - bos_len),
-            found: tokens.len().to_string(),
-        });
-    }
+    let windows = windows.cut_text(tokens.len(), bos_len, origin)?;
     let mut sum = Perplexity { tokens: 0, nats: 0.0, computed: 0, time: Duration::ZERO };
     for window in windows {
         let mut seen: Vec<u32> = bos.into_iter().collect();

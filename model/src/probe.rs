@@ -27,11 +27,11 @@ pub struct LayerProbe<'a> {
 const BATCH_TOKENS: usize = 2048;
 
 /// Prompts that go through a layer together, one after the other in one matrix.
-struct Batch {
+pub(crate) struct Batch {
     /// Rows of each prompt.
-    rows: Vec<Range<usize>>,
-    positions: Vec<u32>,
-    stream: Tensor,
+    pub rows: Vec<Range<usize>>,
+    pub positions: Vec<u32>,
+    pub stream: Tensor,
 }
 
 /// Runs all prompts through one layer after the other and shows what each layer sees.
@@ -51,7 +51,7 @@ pub fn probe(
         check_length(&spec, prompt.len())?;
     }
     let mut batches = {
-        let embedding = weights.get("model.embed_tokens.weight")?;
+        let embedding = weights.stored("model.embed_tokens.weight")?;
         batch(prompts, |tokens| embed(&spec, &embedding, tokens))?
     };
     weights.release("model.embed_tokens.");
@@ -73,7 +73,8 @@ pub fn probe(
     Ok(())
 }
 
-fn batch(
+/// Cuts prompts into batches and embeds them.
+pub(crate) fn batch(
     prompts: &[Vec<u32>],
     embed: impl Fn(&[u32]) -> Result<Tensor, ModelError>,
 ) -> Result<Vec<Batch>, ModelError> {

@@ -32,8 +32,8 @@ impl Weights {
         self.expected.contains_key(name)
     }
 
-    /// A tensor with bytes, of the shape expected; one that is computed is computed here, once.
-    pub fn get(&self, name: &str) -> Result<WeightRef, ModelError> {
+    /// A tensor of the shape expected; its numbers may have to be computed whenever they are read.
+    pub fn stored(&self, name: &str) -> Result<WeightRef, ModelError> {
         let weight = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
             file: self.path.clone(),
             tensor: name.to_owned(),
@@ -42,10 +42,16 @@ impl Weights {
         if let Some(shape) = self.expected.get(name) {
             weight.expect_shape(shape, "from the sizes in the configuration")?;
         }
+        Ok(weight.clone())
+    }
+
+    /// As [`Weights::stored`], with bytes; a tensor that is computed is computed here, once.
+    pub fn get(&self, name: &str) -> Result<WeightRef, ModelError> {
+        let weight = self.stored(name)?;
         if weight.bytes().is_some() {
-            return Ok(weight.clone());
+            return Ok(weight);
         }
-        Ok(Arc::new(OwnedWeight::materialise(&**weight)?))
+        Ok(Arc::new(OwnedWeight::materialise(&*weight)?))
     }
 
     /// A small tensor as f32 numbers.

@@ -2,7 +2,8 @@
 
 use moe_merge_checkpoint::Source;
 use moe_merge_model::perplexity::{Windows, perplexity, perplexity_of_tokens};
-use moe_merge_model::{Model, Tokenizer};
+use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
+use moe_merge_model::{Model, ModelError, Tokenizer};
 use moe_merge_testkit::shared;
 
 const CHECKPOINTS: [&str; 5] = ["base", "prose", "code", "math", "facts"];
@@ -55,4 +56,50 @@ fn the_last_short_window_counts() {
     let found = perplexity(&model, &tokenizer, &text, "prose", windows, &mut |_, _| {}).unwrap();
     assert_eq!(found.tokens, tokens);
     assert!(tokens % 127 != 0, "the text ends with a window");
+}
+
+struct Silent(usize);
+
+impl Watcher for Silent {
+    fn advance(&mut self, tokens: usize) {
+        self.0 += tokens;
+    }
+
+    fn routed(&mut self, _: WindowRouting<'_>) {
+        panic!("a dense model has no experts");
+    }
+
+    fn go_on(&mut self) -> Result<(), ModelError> {
+        Ok(())
+    }
+}
+
+/// Layer by layer, all texts together: the numbers of the whole model, text by text.
+#[test]
+fn one_layer_at_a_time_gives_the_same() {
+    let Some(path) = shared("models/tiny/code") else { return };
+    let source = Source::open(&path.display().to_string().parse().unwrap(), &path).unwrap();
+    let (model, tokenizer) = open("code").unwrap();
+    let mut encoded = Vec::new();
+    for name in TEXTS {
+        let Some(path) = shared(&format!("models/tiny/eval_{name}.txt")) else { return };
+        let text: String = std::fs::read_to_string(path).unwrap().chars().take(3000).collect();
+        encoded.push(tokenizer.encode(&text).unwrap());
+    }
+    let texts: Vec<_> =
+        encoded.iter().map(|tokens| TokenText { tokens, origin: "a text" }).collect();
+    let windows = Windows { window: 100, stride: Some(60) };
+    for bos in [None, Some(1)] {
+        let mut silent = Silent(0);
+        let found = perplexities(&source, &texts, bos, windows, &mut silent).unwrap();
+        assert_eq!(silent.0, found.iter().map(|p| p.computed).sum::<usize>());
+        for (found, tokens) in found.iter().zip(&encoded) {
+            let whole =
+                perplexity_of_tokens(&model, tokens, bos, "a text", windows, &mut |_, _| {})
+                    .unwrap();
+            assert_eq!(found.tokens, whole.tokens);
+            let difference = (found.perplexity() / whole.perplexity() - 1.0).abs();
+            assert!(difference < 2e-6, "{difference}");
+        }
+    }
 }
