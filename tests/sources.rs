@@ -120,8 +120,11 @@ fn a_nested_recipe_is_a_source() {
 fn attention_can_be_the_average_of_the_experts() {
     let temp = tempfile::tempdir().unwrap();
     // The experts' attention is the base's own, so the average has to give that back.
-    let experts =
-        format!("  - {{source_model: {}}}\n  - {{source_model: {}}}\n", quickstart("code"), quickstart("prose"));
+    let experts = format!(
+        "  - {{source_model: {}}}\n  - {{source_model: {}}}\n",
+        quickstart("code"),
+        quickstart("prose")
+    );
     let moe = build(temp.path(), &experts, "attention: average");
     let name = "model.layers.3.self_attn.q_proj.weight";
     let (code, prose) = (dense("code", name), dense("prose", name));
@@ -157,7 +160,9 @@ fn an_adapter_on_the_base_is_an_expert() {
     let base = quickstart("base");
     let forms = [
         format!("  - {{source_model: '{base}+adapter', name: x}}\n  - {{source_model: {base}}}\n"),
-        format!("  - {{source_model: {{model: {base}, lora: adapter}}, name: x}}\n  - {{source_model: {base}}}\n"),
+        format!(
+            "  - {{source_model: {{model: {base}, lora: adapter}}, name: x}}\n  - {{source_model: {base}}}\n"
+        ),
     ];
     for experts in forms {
         let moe = build(temp.path(), &experts, "");

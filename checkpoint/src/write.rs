@@ -133,8 +133,9 @@ pub fn write_shards(
             }
         }
     };
-    // These threads wait for the pool, which does all computing: the number of busy threads is the pool's.
-    let writers = rayon::current_num_threads().min(shards.len());
+    // These threads wait for the pool, which does all computing: the number of busy threads is the pool's. One more than
+    // that writes while another waits for the disk.
+    let writers = (rayon::current_num_threads() + 1).min(shards.len());
     std::thread::scope(|scope| {
         for _ in 0..writers {
             scope.spawn(work);
@@ -332,6 +333,8 @@ impl<'a> ShardWriter<'a> {
         shard: &ShardPlan,
         tensors: &[&OutTensor],
     ) -> Result<WrittenShard, CheckpointError> {
+        // Publishing needs the bytes on the disk: here the wait overlaps with the writing of other shards.
+        self.file.sync_data().map_err(|e| CheckpointError::io("writing", &self.path, e))?;
         let blake3 = self.hasher.finalize().to_hex().to_string();
         let name = match &shard.name {
             ShardName::Fixed(name) => name.clone(),

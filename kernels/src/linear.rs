@@ -10,7 +10,7 @@ use crate::view::MatView;
 
 /// Weight rows of one task. Fixed, so that the split (and with it every bit of the result) does not depend on the
 /// number of threads.
-const ROWS: usize = 96;
+const ROWS: usize = 128;
 
 /// From this many tokens on, weights are widened by blocks and multiplied as matrices.
 const GEMM_FROM: usize = 4;

@@ -187,8 +187,9 @@ impl Prepared {
         let (family, shared_gate) = match (prompted, drawn && !shared.is_empty()) {
             (true, _) => select(SharedGate::Computed),
             (false, false) => select(SharedGate::Absent),
-            (false, true) => select(SharedGate::Absent)
-                .or_else(|e| select(SharedGate::Computed).map_err(|_| e)),
+            (false, true) => {
+                select(SharedGate::Absent).or_else(|e| select(SharedGate::Computed).map_err(|_| e))
+            }
         }
         .map_err(|e| origins.locate(e))?;
         if !recipe.base_tokenizer {

@@ -154,9 +154,8 @@ struct Load {
 
 impl Load {
     fn row(&self, domain: &str) -> RoutingRow {
-        let share = |counts: &[u64]| {
-            counts.iter().map(|&c| c as f64 / self.seen.max(1) as f64).collect()
-        };
+        let share =
+            |counts: &[u64]| counts.iter().map(|&c| c as f64 / self.seen.max(1) as f64).collect();
         RoutingRow { domain: domain.to_owned(), first: share(&self.first), any: share(&self.any) }
     }
 }
