@@ -34,6 +34,7 @@ fn a_folder_without_a_model_is_named() {
     run(&["inspect", &path]).fails(3, &[&path]);
     let broken = tempfile::tempdir().unwrap();
     file(broken.path(), "config.json", b"{");
+    file(broken.path(), "model.safetensors", b"\x02\0\0\0\0\0\0\0{}");
     let path = broken.path().display().to_string();
     run(&["inspect", &path]).fails(3, &["config.json", "JSON"]);
 }

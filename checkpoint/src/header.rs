@@ -395,6 +395,7 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
                 if std::mem::replace(&mut has_metadata, true) {
+                    self.problem.tensor = Some(name);
                     let found = "two of them".to_owned();
                     return Err(self.problem.set(
                         "header is ambiguous",

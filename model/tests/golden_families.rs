@@ -73,6 +73,12 @@ fn deepseek_v1_equals_mixtral() {
     ] {
         source.config.0.insert(key.to_owned(), value);
     }
+    let renamed = |name: &String| {
+        [("block_sparse_moe", "mlp"), ("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")]
+            .iter()
+            .fold(name.clone(), |name, (from, to)| name.replace(from, to))
+    };
+    source.tensors = source.tensors.iter().map(|(n, w)| (renamed(n), w.clone())).collect();
     let tokens = expected["input_ids"].ids();
     let logits = |source: &Source| Model::open(source).unwrap().hidden_states(&tokens).unwrap().1;
     let difference = relative_difference(&logits(&source), &expected["logits"].values);

@@ -218,7 +218,10 @@ fn experts_that_do_not_fit_are_named_with_the_base() {
     assert!(check(&bad).contains("activation"));
     let mut bad = zeros("bad", "llama", &[]);
     bad.tensors.remove("model.layers.1.mlp.up_proj.weight");
-    assert!(check(&bad).contains("`model.layers.1.mlp.up_proj.weight` [6, 8]"));
+    let e = check_sources(&request(&base, &[&bad], &[], SharedGate::Absent)).unwrap_err();
+    let fields = e.fields();
+    assert!(fields.contains(&("file", "bad".into())), "{fields:?}");
+    assert!(fields.contains(&("tensor", "model.layers.1.mlp.up_proj.weight".into())), "{fields:?}");
     let bad = zeros("bad", "llama", &["model.layers.0.mlp.up_proj.bias"]);
     assert!(check(&bad).contains("biases in its experts"));
     assert!(check(&zeros("bad", "mistral", &[])).contains("model type"));
