@@ -32,7 +32,7 @@ pub struct Common {
     /// Print one JSON document, with a `version` field, on stdout
     #[arg(long, global = true)]
     pub json: bool,
-    /// Threads to use [default: one for each core]
+    /// Threads to use (one for each core by default)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// No progress bar, no notes
@@ -52,7 +52,7 @@ pub struct BuildArgs {
     /// Folder to write, as `mergekit-moe` takes it
     #[arg(value_name = "OUT_PATH", conflicts_with = "out")]
     pub out_path: Option<PathBuf>,
-    /// Folder to write [default: `output:` of the recipe, else `merged/<recipe name>`]
+    /// Folder to write (without it, `output:` of the recipe, else `merged/<recipe name>`)
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Replace the folder if it exists
@@ -132,10 +132,10 @@ pub struct PerplexityArgs {
     /// Text files, in UTF-8
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     pub text: Vec<PathBuf>,
-    /// Tokens the model sees at once, the beginning-of-text token included [default: 512, or the context if shorter]
+    /// Tokens the model sees at once, the beginning-of-text token included (512 by default, or the context if shorter)
     #[arg(long, value_name = "N")]
     pub window: Option<usize>,
-    /// Text tokens from window to window [default: windows do not overlap]
+    /// Text tokens from window to window (by default windows do not overlap)
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
 }

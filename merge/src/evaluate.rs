@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{CheckpointError, Source};
-use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows};
+use moe_merge_model::perplexity::{DEFAULT_WINDOW, Perplexity, Windows};
 use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
 use moe_merge_model::{ModelError, Spec, Tokenizer};
 
@@ -117,30 +117,30 @@ pub fn evaluate(
     let texts: Vec<TokenText<'_>> =
         ids.iter().map(|(tokens, origin)| TokenText { tokens, origin }).collect();
     let mut pass = Pass { interrupt, done, loads: vec![Load::default(); texts.len()] };
-    let mut score = |source: &Source| -> Result<(Vec<f64>, Vec<usize>, Vec<Load>), MergeError> {
+    let mut score = |source: &Source| {
         pass.loads.fill(Load::default());
         let windows = Windows { window, stride: None };
-        let found = perplexities(source, &texts, tokenizer.bos(), windows, &mut pass)?;
-        let tokens = found.iter().map(|p| p.tokens).collect();
-        Ok((found.iter().map(|p| p.perplexity()).collect(), tokens, pass.loads.clone()))
+        perplexities(source, &texts, tokenizer.bos(), windows, &mut pass)
     };
+    let each = |found: &[Perplexity]| found.iter().map(Perplexity::perplexity).collect();
     let mut rows: Vec<ModelRow> = Vec::new();
     for (name, source) in models {
-        let perplexity = match (source, rows.first()) {
+        let perplexity: Vec<f64> = match (source, rows.first()) {
             (None, Some(first)) => first.perplexity.clone(),
-            (Some(source), _) => score(source)?.0,
+            (Some(source), _) => each(&score(source)?),
             (None, None) => continue,
         };
         rows.push(ModelRow { name: name.clone(), perplexity });
     }
-    let (perplexity, tokens, loads) = score(moe)?;
-    rows.push(ModelRow { name: "MoE".into(), perplexity });
+    let found = score(moe)?;
+    let tokens = found.iter().map(|p| p.tokens).collect();
+    rows.push(ModelRow { name: "MoE".into(), perplexity: each(&found) });
     Ok(Evaluation {
         window,
         domains: domains.iter().map(|d| d.name.clone()).collect(),
         tokens,
         models: rows,
-        routing: domains.iter().zip(&loads).map(|(d, l)| l.row(&d.name)).collect(),
+        routing: domains.iter().zip(&pass.loads).map(|(d, l)| l.row(&d.name)).collect(),
     })
 }
 

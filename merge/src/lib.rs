@@ -29,6 +29,7 @@ pub mod gates;
 pub mod methods;
 mod origins;
 pub mod plan;
+mod prompts;
 pub mod recipe;
 mod sources;
 pub mod write;

@@ -85,7 +85,7 @@ pub fn write(
 /// * `inputs`: what went in, for manifest and card, each with its role
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_dense(
     source: &Source,
     inputs: &[(String, &Source)],
