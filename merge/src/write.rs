@@ -214,23 +214,6 @@ fn manifest(provenance: &Provenance, sources: Vec<SourceRecord>) -> Manifest {
     }
 }
 
-/// `tokenizer_config.json` with a class that every version of transformers knows; `None` if it names none other.
-///
-/// transformers 5 writes `TokenizersBackend`, its new name of `PreTrainedTokenizerFast`. 4.x stops at the new name, 5.x
-/// reads the old one.
-fn tokenizer_for_both(bytes: &[u8]) -> Option<Vec<u8>> {
-    let mut config: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
-    let class = config.get_mut("tokenizer_class").filter(|c| *c == "TokenizersBackend")?;
-    *class = "PreTrainedTokenizerFast".into();
-    // Under its old name the class also returns token types, which `generate` of 4.x refuses.
-    config
-        .entry("model_input_names")
-        .or_insert_with(|| serde_json::json!(["input_ids", "attention_mask"]));
-    let mut text = serde_json::to_vec_pretty(&config).ok()?;
-    text.push(b'\n');
-    Some(text)
-}
-
 /// Configuration, side files, recipe, card, manifest.
 fn finish(
     staging: &Staging,
@@ -244,12 +227,7 @@ fn finish(
     let dir = staging.path();
     files.push(write_json(dir, "config.json", &Value::Object(config))?);
     for side in &base.side {
-        let bytes = side.read()?;
-        let readable = match side.name.as_str() {
-            "tokenizer_config.json" => tokenizer_for_both(&bytes),
-            _ => None,
-        };
-        files.push(write_file(dir, &side.name, readable.as_deref().unwrap_or(&bytes))?);
+        files.push(write_file(dir, &side.name, &side.read()?)?);
     }
     if base.side_file("generation_config.json").is_none() {
         let settings = Value::Object(generation_config(&base.config));
