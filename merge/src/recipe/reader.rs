@@ -97,7 +97,9 @@ impl Reader {
                 None => {
                     let text = super::node::shorten(&key.text);
                     let error = self.error(key.at, &here, format!("unknown key `{text}`"));
-                    error.expected = Some(format!("keys of {what}: {}", known.join(", ")));
+                    let usable = keys.iter().filter(|k| k.availability == Availability::Now);
+                    let usable: Vec<_> = usable.map(|k| k.name).collect();
+                    error.expected = Some(format!("keys of {what}: {}", usable.join(", ")));
                     error.hint = nearest(&key.text, known.iter().copied())
                         .map(|n| format!("did you mean `{n}`?"));
                 }

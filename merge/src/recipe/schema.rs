@@ -28,7 +28,7 @@ pub struct Key {
 pub enum Availability {
     /// Yes.
     Now,
-    /// It is known, and refused for now.
+    /// It is known, and refused by this version.
     Later {
         /// `false` is accepted: it asks for nothing.
         unless_false: bool,
