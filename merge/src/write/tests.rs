@@ -103,7 +103,6 @@ fn every_family_holds_what_went_in() {
                 std::fs::read(golden.join(kind).join("base").join(file)).unwrap()
             );
         }
-        assert!(text.contains("\"pad_token\": \"</s>\""), "{text}");
         let text = std::fs::read_to_string(target.join(".moe-merge/manifest.json")).unwrap();
         assert!(!text.contains(golden.to_str().unwrap()), "a path of this machine in the manifest");
     }
