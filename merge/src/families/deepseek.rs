@@ -2,10 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    Matrix, OutputFamily, Request, Shape, expect_no_bias, expect_plain_heads, expect_type,
-    expect_ungated, set,
-};
+use super::{Matrix, OutputFamily, Request, Shape, expect_llama_ungated, expect_plain_heads, set};
 use crate::error::MergeError;
 
 /// `DeepseekForCausalLM`.
@@ -26,15 +23,8 @@ impl OutputFamily for Deepseek {
     }
 
     fn accepts(&self, request: &Request<'_>) -> Result<(), MergeError> {
-        expect_type(self, request, &["llama", "mistral"])?;
-        expect_ungated(self, request)?;
-        expect_plain_heads(self, request)?;
-        expect_no_bias(
-            self,
-            request,
-            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-            "write `architecture: qwen2_moe`, which keeps biases on q, k and v",
-        )
+        expect_llama_ungated(self, request)?;
+        expect_plain_heads(self, request)
     }
 
     fn has_fused(&self) -> bool {

@@ -6,10 +6,7 @@ use moe_merge_checkpoint::weight::PermutedRows;
 use moe_merge_checkpoint::{Dtype, Source, WeightRef};
 use serde_json::{Map, Value, json};
 
-use super::{
-    Addition, Dims, Matrix, OutputFamily, Request, Shape, expect_no_bias, expect_type,
-    expect_ungated, set,
-};
+use super::{Addition, Dims, Matrix, OutputFamily, Request, Shape, expect_llama_ungated, set};
 use crate::error::MergeError;
 
 /// `Ernie4_5_MoeForCausalLM`.
@@ -30,14 +27,7 @@ impl OutputFamily for Ernie {
     }
 
     fn accepts(&self, request: &Request<'_>) -> Result<(), MergeError> {
-        expect_type(self, request, &["llama", "mistral"])?;
-        expect_ungated(self, request)?;
-        expect_no_bias(
-            self,
-            request,
-            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-            "write `architecture: qwen2_moe`, which keeps biases on q, k and v",
-        )
+        expect_llama_ungated(self, request)
     }
 
     /// The family's loaders keep the router in f32.

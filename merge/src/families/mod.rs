@@ -290,6 +290,21 @@ fn likeliest(request: &Request<'_>) -> &'static str {
     }
 }
 
+/// What the families with llama attention and ungated shared experts have in common: no biases, no gate.
+fn expect_llama_ungated(
+    family: &dyn OutputFamily,
+    request: &Request<'_>,
+) -> Result<(), MergeError> {
+    expect_type(family, request, &["llama", "mistral"])?;
+    expect_ungated(family, request)?;
+    expect_no_bias(
+        family,
+        request,
+        &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+        "write `architecture: qwen2_moe`, which keeps biases on q, k and v",
+    )
+}
+
 /// A refusal of `family` because of the base.
 fn refuse(
     family: &dyn OutputFamily,
