@@ -54,6 +54,59 @@ impl Activation {
     }
 }
 
+impl Activation {
+    /// Gradient of [`Activation::gate`]: `gate = d_out up f'(gate)` and `up = d_out f(gate)`, in place.
+    ///
+    /// `d_out` has the length of both.
+    pub fn gate_backward(self, gate: &mut [f32], up: &mut [f32], d_out: &[f32]) {
+        let chunk = |gate: &mut [f32], up: &mut [f32], d_out: &[f32]| match self {
+            Activation::Silu => silu_gate_backward(gate, up, d_out),
+            Activation::GeluTanh => gelu_tanh_gate_backward(gate, up, d_out),
+            Activation::Gelu => {
+                for ((g, u), d) in gate.iter_mut().zip(up).zip(d_out) {
+                    (*g, *u) = (d * *u * gelu_slope(*g), d * gelu(*g));
+                }
+            }
+        };
+        if gate.len() <= CHUNK {
+            return chunk(gate, up, d_out);
+        }
+        let pairs = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
+        pairs.zip(d_out.par_chunks(CHUNK)).for_each(|((g, u), d)| chunk(g, u, d));
+    }
+}
+
+each_set! {
+    fn silu_gate_backward(gate: &mut [f32], up: &mut [f32], d_out: &[f32]) {
+        for ((g, u), d) in gate.iter_mut().zip(up).zip(d_out) {
+            let s = 1.0 / (1.0 + exp(-*g));
+            let slope = s * (1.0 + *g * (1.0 - s));
+            (*g, *u) = (d * *u * slope, d * (*g * s));
+        }
+    }
+}
+
+each_set! {
+    fn gelu_tanh_gate_backward(gate: &mut [f32], up: &mut [f32], d_out: &[f32]) {
+        for ((g, u), d) in gate.iter_mut().zip(up).zip(d_out) {
+            // f(x) = x s(2y), y = c (x + 0.044715 x^3): f' = s + x s (1 - s) 2 y'
+            let x = *g;
+            let s = 1.0 / (1.0 + exp(-2.0 * SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)));
+            let inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * x * x);
+            let slope = s + x * s * (1.0 - s) * inner;
+            (*g, *u) = (d * *u * slope, d * (x * s));
+        }
+    }
+}
+
+/// `gelu'(x) = P(x) + x p(x)`, with the distribution and density of the normal law.
+fn gelu_slope(x: f32) -> f32 {
+    let density = (-0.5 * f64::from(x) * f64::from(x)).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    // x P(x) is gelu(x); at 0 the distribution is 1/2.
+    let distribution = if x == 0.0 { 0.5 } else { f64::from(gelu(x)) / f64::from(x) };
+    (distribution + f64::from(x) * density) as f32
+}
+
 each_set! {
     fn silu_gate(gate: &mut [f32], up: &[f32]) {
         for (g, u) in gate.iter_mut().zip(up) {
@@ -120,6 +173,51 @@ mod tests {
             assert_eq!(f(100.0), 100.0);
             assert_eq!(f(-100.0), 0.0);
         }
+    }
+
+    #[test]
+    fn gate_backward_equals_differences() {
+        let at: Vec<f32> = (-40..=40).map(|i| i as f32 * 0.2).collect();
+        let ups: Vec<f32> = at.iter().map(|x| 1.0 - x * 0.3).collect();
+        let d_out: Vec<f32> = at.iter().map(|x| (x * 3.0).sin()).collect();
+        for f in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+            let (mut gate, mut up) = (at.clone(), ups.clone());
+            f.gate_backward(&mut gate, &mut up, &d_out);
+            let wide = |x: f64| match f {
+                Activation::Silu => x / (1.0 + (-x).exp()),
+                Activation::GeluTanh => {
+                    let c = (2.0 / std::f64::consts::PI).sqrt();
+                    0.5 * x * (1.0 + (c * (x + 0.044715 * x * x * x)).tanh())
+                }
+                // 1 + erf(x / sqrt 2) is twice the integral of the density, here by Simpson's rule.
+                Activation::Gelu => {
+                    let p = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
+                    let h = x / 400.0;
+                    let sum: f64 = (0..=400)
+                        .map(|i| {
+                            let w = if i % 400 == 0 { 1.0 } else { 2.0 + 2.0 * (i % 2) as f64 };
+                            w * p(i as f64 * h)
+                        })
+                        .sum();
+                    x * (0.5 + sum * h / 3.0)
+                }
+            };
+            for i in 0..at.len() {
+                let x = f64::from(at[i]);
+                let slope = (wide(x + 1e-5) - wide(x - 1e-5)) / 2e-5;
+                let d = f64::from(d_out[i]);
+                let d_gate = d * f64::from(ups[i]) * slope;
+                assert!(
+                    (f64::from(gate[i]) - d_gate).abs() < 2e-6,
+                    "{f:?} {x} {} {d_gate}",
+                    gate[i]
+                );
+                assert!((f64::from(up[i]) - d * wide(x)).abs() < 2e-6, "{f:?} {x}");
+            }
+        }
+        let (mut gate, mut up) = ([200.0, -200.0], [1.0, 1.0]);
+        Activation::Silu.gate_backward(&mut gate, &mut up, &[1.0, 1.0]);
+        assert_eq!((gate, up), ([1.0, 0.0], [200.0, 0.0]));
     }
 
     #[test]

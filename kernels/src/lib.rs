@@ -17,25 +17,33 @@ compile_error!("weights are stored little-endian; big-endian targets are not sup
 
 pub mod activation;
 pub mod attention;
+mod attention_backward;
 pub mod cast;
 pub mod dense;
 pub mod dispatch;
+mod dispatch_backward;
 mod dot;
 mod error;
 mod linear;
+mod linear_backward;
 mod norm;
 pub mod rope;
 pub mod routing;
+mod routing_backward;
 mod simd;
 mod view;
 
 pub use activation::Activation;
 pub use attention::{AttentionSpec, KeyValues, attention};
+pub use attention_backward::{AttentionGradients, attention_backward};
 pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};
+pub use dispatch_backward::moe_backward;
 pub use error::KernelError;
 pub use linear::linear;
-pub use norm::{LogSumExp, rms_norm, softmax};
+pub use linear_backward::linear_backward;
+pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
 pub use routing::{RouterSpec, Routing, Score, route};
+pub use routing_backward::route_backward;
 pub use view::MatView;

@@ -38,6 +38,44 @@ pub fn rms_norm(
     Ok(())
 }
 
+/// Gradient of [`rms_norm`] with respect to its input.
+///
+/// With `r = 1 / sqrt(mean(x^2) + eps)` and `a_i = dy_i (offset + weight_i)`: `dx_i = r a_i - x_i r^3 mean_j(a_j x_j)`.
+///
+/// * `x`, `dy`, `dx` (overwritten): `[rows, weight.len()]` f32; means are accumulated in f64
+///
+/// # Errors
+/// [`KernelError::Length`] if `x` is not a whole number of rows, or `dy` or `dx` differ from it.
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    offset: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+) -> Result<(), KernelError> {
+    KernelError::check("gradient of a norm", x.len(), dy.len())?;
+    KernelError::check("gradient of a norm's input", x.len(), dx.len())?;
+    let width = weight.len().max(1);
+    KernelError::check("norm input", x.len().div_ceil(width) * weight.len(), x.len())?;
+    let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
+    for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+        let (mut squares, mut products) = ([0f64; 8], [0f64; 8]);
+        for (i, (((x, dy), w), dx)) in x.iter().zip(dy).zip(weight).zip(&mut *dx).enumerate() {
+            let a = dy * (offset + w);
+            *dx = a;
+            squares[i % 8] += f64::from(*x) * f64::from(*x);
+            products[i % 8] += f64::from(*x) * f64::from(a);
+        }
+        let mean = squares.iter().sum::<f64>() / width as f64;
+        let inverse = 1.0 / (mean as f32 + eps).sqrt();
+        let back = products.iter().sum::<f64>() / width as f64 * f64::from(inverse).powi(2);
+        let back = back as f32;
+        dx.iter_mut().zip(x).for_each(|(d, x)| *d = inverse * (*d - x * back));
+    }
+    Ok(())
+}
+
 /// Softmax of one row in place, the largest value subtracted first.
 pub fn softmax(row: &mut [f32]) {
     let mut sum = 0.0;
@@ -175,6 +213,40 @@ mod tests {
         assert!((out[0] - 3.0 / r).abs() < 1e-6 && (out[1] - 8.0 / r).abs() < 1e-6);
         rms_norm(&[1.0, 1.0], &[0.0, 1.0], 0.0, 1.0, &mut out[..2]).unwrap();
         assert_eq!(out[..2], [1.0, 2.0]);
+    }
+
+    #[test]
+    fn rms_norm_backward_equals_differences() {
+        let x = [0.5f32, -1.0, 2.0, 0.1, 0.2, -0.3];
+        let dy = [1.0f32, 0.5, -2.0, 0.3, -0.4, 1.5];
+        let weight = [0.7f32, -1.1, 0.4];
+        for offset in [0.0, 1.0] {
+            let value = |x: &[f64]| -> f64 {
+                let rows = x.chunks(3).zip(dy.chunks(3));
+                rows.map(|(x, dy)| {
+                    let mean = x.iter().map(|x| x * x).sum::<f64>() / 3.0 + 0.01;
+                    let terms = x.iter().zip(dy).zip(&weight);
+                    terms
+                        .map(|((x, dy), w)| x / mean.sqrt() * f64::from((offset + w) * dy))
+                        .sum::<f64>()
+                })
+                .sum()
+            };
+            let mut dx = [f32::NAN; 6];
+            rms_norm_backward(&x, &weight, 0.01, offset, &dy, &mut dx).unwrap();
+            for i in 0..6 {
+                let moved = |by: f64| {
+                    let mut x = x.map(f64::from);
+                    x[i] += by;
+                    value(&x)
+                };
+                let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                assert!((f64::from(dx[i]) - slope).abs() < 1e-5, "{i} {} {slope}", dx[i]);
+            }
+        }
+        let mut dx = [0.0; 6];
+        assert!(rms_norm_backward(&x, &weight, 0.0, 0.0, &dy[..5], &mut dx).is_err());
+        assert!(rms_norm_backward(&x, &weight[..2], 0.0, 0.0, &dy, &mut dx[..5]).is_err());
     }
 
     #[test]

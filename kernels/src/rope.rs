@@ -3,6 +3,8 @@
 //! A pair of dimensions `(a, b)` at position `p` turns by the angle `p * f_i`:
 //! `a' = a cos - b sin`, `b' = b cos + a sin`.
 
+use std::sync::Arc;
+
 use crate::error::KernelError;
 
 /// Which dimensions form the pair `i` of `dim / 2`.
@@ -106,13 +108,13 @@ impl RopeSpec {
     }
 }
 
-/// Cosines and sines for the positions of one pass.
+/// Cosines and sines for the positions of one pass; a copy shares them.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     /// `[tokens, dim / 2]`.
-    cos: Vec<f32>,
+    cos: Arc<[f32]>,
     /// `[tokens, dim / 2]`.
-    sin: Vec<f32>,
+    sin: Arc<[f32]>,
     tokens: usize,
     half: usize,
     pairing: RopePairing,
@@ -137,6 +139,7 @@ impl RopeTable {
             }
         }
         let half = frequencies.len();
+        let (cos, sin) = (cos.into(), sin.into());
         Self { cos, sin, tokens: positions.len(), half, pairing: spec.pairing }
     }
 
@@ -152,6 +155,34 @@ impl RopeTable {
         heads: usize,
         head_dim: usize,
         from: usize,
+    ) -> Result<(), KernelError> {
+        self.turn(x, heads, head_dim, from, 1.0)
+    }
+
+    /// Gradient of [`RopeTable::apply`]: turns by the negative angles, with the same factor on cosine and sine.
+    ///
+    /// * `d`: gradient of the output, `[tokens, heads * head_dim]`, changed in place to that of the input
+    ///
+    /// # Errors
+    /// As [`RopeTable::apply`].
+    pub fn apply_backward(
+        &self,
+        d: &mut [f32],
+        heads: usize,
+        head_dim: usize,
+        from: usize,
+    ) -> Result<(), KernelError> {
+        self.turn(d, heads, head_dim, from, -1.0)
+    }
+
+    /// `sign`: 1 turns forwards, -1 back.
+    fn turn(
+        &self,
+        x: &mut [f32],
+        heads: usize,
+        head_dim: usize,
+        from: usize,
+        sign: f32,
     ) -> Result<(), KernelError> {
         KernelError::check("rotary input", self.tokens * heads * head_dim, x.len())?;
         let dim = 2 * self.half;
@@ -174,15 +205,15 @@ impl RopeTable {
                     RopePairing::Halves => {
                         let (a, b) = head.split_at_mut(self.half);
                         for i in 0..self.half {
-                            (a[i], b[i]) =
-                                (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+                            let (c, s) = (cos[i], sign * sin[i]);
+                            (a[i], b[i]) = (a[i] * c - b[i] * s, b[i] * c + a[i] * s);
                         }
                     }
                     RopePairing::Interleaved => {
                         for (i, pair) in head.chunks_exact_mut(2).enumerate() {
-                            let (a, b) = (pair[0], pair[1]);
-                            pair[0] = a * cos[i] - b * sin[i];
-                            pair[1] = b * cos[i] + a * sin[i];
+                            let (a, b, c, s) = (pair[0], pair[1], cos[i], sign * sin[i]);
+                            pair[0] = a * c - b * s;
+                            pair[1] = b * c + a * s;
                         }
                     }
                 }
@@ -229,6 +260,32 @@ mod tests {
             assert!((x[6] - 2f32.cos()).abs() < 1e-6);
             assert!((x[6 + partner] - 2f32.sin()).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn backward_is_the_transpose() {
+        // <y, R x> = <R^T y, x> for a linear map, here with YaRN's factor in it.
+        let scaling = RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            original: 64.0,
+            truncate: true,
+            attention_factor: 1.3,
+        };
+        for pairing in [RopePairing::Halves, RopePairing::Interleaved] {
+            let table = RopeTable::new(&spec(scaling, pairing), &[3, 9]);
+            let x: Vec<f32> = (0..20).map(|i| (i as f32 * 0.7).sin()).collect();
+            let y: Vec<f32> = (0..20).map(|i| (i as f32 * 1.3).cos()).collect();
+            let (mut turned, mut back) = (x.clone(), y.clone());
+            table.apply(&mut turned, 2, 5, 1).unwrap();
+            table.apply_backward(&mut back, 2, 5, 1).unwrap();
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+            assert!((dot(&y, &turned) - dot(&back, &x)).abs() < 1e-5);
+            assert_ne!(turned, x);
+        }
+        let table = RopeTable::new(&spec(RopeScaling::None, RopePairing::Halves), &[0]);
+        assert!(table.apply_backward(&mut [0.0; 3], 1, 3, 0).is_err());
     }
 
     #[test]
