@@ -6,13 +6,14 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::weight::RowSlice;
 use moe_merge_kernels::{
-    Activation, AttentionSpec, RopeSpec, RopeTable, Routing, activation, route,
+    Activation, AttentionSpec, RopeSpec, RopeTable, RouterSpec, Routing, route,
 };
 
 use crate::cache::LayerCache;
 use crate::error::ModelError;
 use crate::ops::{
-    CachedAttention, Expert, Experts, FrozenLinear, Gate, RmsNorm, Rope, SelfAttention, to_vec,
+    CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, RmsNorm, Rope, RouterLogits,
+    SelfAttention, SlotWeights, apply1, apply2, to_vec,
 };
 use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, SharedExpert, Spec};
 use crate::weights::Weights;
@@ -66,7 +67,7 @@ struct Moe {
     spec: MoeMlp,
     router: FrozenLinear,
     bias: Option<Arc<[f32]>>,
-    experts: Vec<Expert>,
+    experts: Arc<[Expert]>,
     /// Shared expert and its gate.
     shared: Option<(Expert, Option<FrozenLinear>)>,
 }
@@ -79,6 +80,17 @@ pub(crate) enum Past<'a> {
     None(&'a [Range<usize>]),
 }
 
+/// Who chooses the experts in a MoE layer.
+#[derive(Clone, Copy)]
+pub(crate) enum Gating<'a> {
+    /// The layer's own router.
+    Stored,
+    /// A router with weights of its own, `[experts, hidden]`, and its own number of experts per token.
+    Weights(&'a Tensor, usize),
+    /// Nobody: every token has its expert, with the weight that a router gives to an expert it is certain of.
+    Forced(&'a [u32]),
+}
+
 /// What a pass through one layer leaves behind.
 pub(crate) struct Passed {
     /// The stream after the layer, `[tokens, hidden]`.
@@ -87,6 +99,8 @@ pub(crate) struct Passed {
     pub mlp_input: Tensor,
     /// Experts chosen, in a MoE layer.
     pub routing: Option<Routing>,
+    /// Logits they were chosen by, `[tokens, experts]`; none where nobody chose.
+    pub logits: Option<Tensor>,
 }
 
 impl Layer {
@@ -127,6 +141,14 @@ impl Layer {
         }
     }
 
+    /// Rule and weights `[experts, hidden]` of its router, in a MoE layer.
+    pub fn router(&self) -> Option<(&MoeMlp, &FrozenLinear)> {
+        match &self.mlp {
+            Feed::Dense(_) => None,
+            Feed::Moe(moe) => Some((&moe.spec, &moe.router)),
+        }
+    }
+
     /// Through the layer: attention, then the MLP, each added to the stream.
     ///
     /// * `x`: `[tokens, hidden]`; `table`: rotary table of the tokens' positions
@@ -137,12 +159,25 @@ impl Layer {
         table: &RopeTable,
         past: Past<'_>,
     ) -> Result<Passed, ModelError> {
+        self.forward_gated(spec, x, table, past, Gating::Stored)
+    }
+
+    /// As [`Layer::forward`], with a say in who chooses the experts. If `x` or the gates are variables, gradients flow to
+    /// them.
+    pub fn forward_gated(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        table: &RopeTable,
+        past: Past<'_>,
+        gating: Gating<'_>,
+    ) -> Result<Passed, ModelError> {
         let attended = self.attend(spec, &self.input_norm.forward(x)?, table, past)?;
         let x = add(spec, x, attended, self.after.as_ref().map(|a| &a[0]))?;
         let mlp_input = self.mlp_norm.forward(&x)?;
-        let (fed, routing) = self.feed(spec.activation, &mlp_input)?;
-        let stream = add(spec, &x, fed, self.after.as_ref().map(|a| &a[1]))?;
-        Ok(Passed { stream, mlp_input, routing })
+        let Fed { out, routing, logits } = self.feed(spec.activation, &mlp_input, gating)?;
+        let stream = add(spec, &x, out, self.after.as_ref().map(|a| &a[1]))?;
+        Ok(Passed { stream, mlp_input, routing, logits })
     }
 
     fn attend(
@@ -160,10 +195,12 @@ impl Layer {
                     (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
                 }
                 if let AttentionKind::Projected { clip: Some(c), .. } = a.kind {
-                    (q, k, v) = (q.clamp(-c, c)?, k.clamp(-c, c)?, v.clamp(-c, c)?);
+                    (q, k, v) =
+                        (apply1(&q, Clamp(c))?, apply1(&k, Clamp(c))?, apply1(&v, Clamp(c))?);
                 }
-                let rope = |heads| Rope { table, heads, head_dim: a.qk_dim(), from: 0 };
-                (q.apply_op1_no_bwd(&rope(a.heads))?, k.apply_op1_no_bwd(&rope(a.kv_heads))?, v, o)
+                let rope =
+                    |heads| Rope { table: table.clone(), heads, head_dim: a.qk_dim(), from: 0 };
+                (apply1(&q, rope(a.heads))?, apply1(&k, rope(a.kv_heads))?, v, o)
             }
             Projections::Latent { o, .. } => {
                 let (q, k, v) = self.latent(spec, x, table)?;
@@ -181,7 +218,10 @@ impl Layer {
         };
         let mixed = match past {
             Past::None(sequences) => {
-                q.apply_op3_no_bwd(&k, &v, &SelfAttention { spec: kernel, sequences })?
+                SelfAttention { spec: kernel, sequences: sequences.into() }.forward(&q, &k, &v)?
+            }
+            Past::Cache(..) if q.track_op() => {
+                return Err(candle_core::Error::msg("attention to a cache has no gradient").into());
             }
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
@@ -212,12 +252,12 @@ impl Layer {
             Queries::Latent { a, norm, b } => b.forward(&norm.forward(&a.forward(x)?)?)?,
         };
         let head_dim = nope_dim + rope_dim;
-        let q = q.apply_op1_no_bwd(&Rope { table, heads, head_dim, from: nope_dim })?;
+        let q = apply1(&q, Rope { table: table.clone(), heads, head_dim, from: nope_dim })?;
         let latent = kv_a.forward(x)?;
-        let turned = latent
-            .narrow(1, kv_rank, rope_dim)?
-            .contiguous()?
-            .apply_op1_no_bwd(&Rope { table, heads: 1, head_dim: rope_dim, from: 0 })?;
+        let turned = apply1(
+            &latent.narrow(1, kv_rank, rope_dim)?.contiguous()?,
+            Rope { table: table.clone(), heads: 1, head_dim: rope_dim, from: 0 },
+        )?;
         let latent = kv_norm.forward(&latent.narrow(1, 0, kv_rank)?.contiguous()?)?;
         let kv = kv_b.forward(&latent)?.reshape((tokens, heads, nope_dim + v_dim))?;
         let turned =
@@ -231,31 +271,63 @@ impl Layer {
         &self,
         activation: Activation,
         x: &Tensor,
-    ) -> Result<(Tensor, Option<Routing>), ModelError> {
+        gating: Gating<'_>,
+    ) -> Result<Fed, ModelError> {
         let moe = match &self.mlp {
-            Feed::Dense(mlp) => return Ok((mlp_forward(mlp, activation, x)?, None)),
+            Feed::Dense(mlp) => {
+                let out = mlp_forward(mlp, activation, x)?;
+                return Ok(Fed { out, routing: None, logits: None });
+            }
             Feed::Moe(moe) => moe,
         };
-        let Moe { spec, router, bias, experts, shared } = &**moe;
-        let tokens = x.dim(0)?;
-        let logits = to_vec(&router.forward(x)?)?;
-        let routing = route(&logits, tokens, spec.experts, bias.as_deref(), &spec.router)
-            .map_err(|source| ModelError::Router { layer: self.index, source })?;
-        let slots = (tokens, routing.top_k);
-        let weights = Tensor::from_slice(&routing.weights, slots, &Device::Cpu)?;
-        let op = Experts { ids: &routing.ids, experts, activation };
-        let mut out = x.apply_op2_no_bwd(&weights, &op)?;
+        let Moe { spec, router, experts, shared, .. } = &**moe;
+        let (routing, weights, logits) = match gating {
+            Gating::Stored => self.routed(moe, router.forward(x)?, spec.router)?,
+            Gating::Weights(gates, top_k) => {
+                let rule = RouterSpec { top_k, ..spec.router };
+                self.routed(moe, apply2(x, gates, RouterLogits)?, rule)?
+            }
+            Gating::Forced(ids) => forced(ids, spec.router.scale)?,
+        };
+        let op = Experts { routing: routing.clone(), experts: experts.clone(), activation };
+        let mut out = apply2(x, &weights, op)?;
         if let Some((mlp, gate)) = shared {
             let mut y = mlp_forward(mlp, activation, x)?;
             if let Some(gate) = gate {
-                let open: Vec<f32> =
-                    to_vec(&gate.forward(x)?)?.into_iter().map(activation::sigmoid).collect();
-                y = y.broadcast_mul(&Tensor::from_vec(open, (tokens, 1), &Device::Cpu)?)?;
+                y = apply2(&y, &gate.forward(x)?, Open)?;
             }
             out = (out + y)?;
         }
-        Ok((out, Some(routing)))
+        Ok(Fed { out, routing: Some(Arc::unwrap_or_clone(routing)), logits })
     }
+
+    /// The experts that `logits` choose, and the weights through which gradients reach the logits.
+    fn routed(&self, moe: &Moe, logits: Tensor, rule: RouterSpec) -> Result<Choice, ModelError> {
+        let (tokens, experts) = logits.dims2()?;
+        let routing = route(&to_vec(&logits)?, tokens, experts, moe.bias.as_deref(), &rule)
+            .map_err(|source| ModelError::Router { layer: self.index, source })?;
+        let routing = Arc::new(routing);
+        let weights = apply1(&logits, SlotWeights { routing: routing.clone(), spec: rule })?;
+        Ok((routing, weights, Some(logits)))
+    }
+}
+
+/// Routing, its weights `[tokens, top_k]`, the logits it was chosen by.
+type Choice = (Arc<Routing>, Tensor, Option<Tensor>);
+
+/// What the MLP of a layer gives.
+struct Fed {
+    out: Tensor,
+    routing: Option<Routing>,
+    logits: Option<Tensor>,
+}
+
+/// One expert per token, given from outside.
+fn forced(ids: &[u32], weight: f32) -> Result<Choice, ModelError> {
+    let weights = vec![weight; ids.len()];
+    let slots = Tensor::from_slice(&weights, (ids.len(), 1), &Device::Cpu)?;
+    let routing = Routing { tokens: ids.len(), top_k: 1, ids: ids.to_vec(), weights };
+    Ok((Arc::new(routing), slots, None))
 }
 
 fn add(
@@ -275,7 +347,7 @@ fn add(
 
 fn mlp_forward(mlp: &Expert, activation: Activation, x: &Tensor) -> Result<Tensor, ModelError> {
     let (gate, up) = (mlp.gate.forward(x)?, mlp.up.forward(x)?);
-    Ok(mlp.down.forward(&gate.apply_op2_no_bwd(&up, &Gate(activation))?)?)
+    Ok(mlp.down.forward(&apply2(&gate, &up, Gate(activation))?)?)
 }
 
 /// The norm `name` of the spec's kind.
@@ -343,7 +415,7 @@ fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<
     let plain = |name: &str| -> Result<FrozenLinear, ModelError> {
         Ok(FrozenLinear::new(weights.get(&format!("{at}{name}"))?, None))
     };
-    let experts = if moe.names == ExpertNames::Granite {
+    let experts: Vec<Expert> = if moe.names == ExpertNames::Granite {
         stacked_experts(weights, moe, at, hidden)?
     } else {
         (0..moe.experts)
@@ -356,6 +428,7 @@ fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<
     let bias = moe.selection_bias.map(|name| weights.vector(&format!("{at}{name}"))).transpose()?;
     let shared = moe.shared.as_ref().map(|s| load_shared(weights, s, at)).transpose()?;
     let router = plain(moe.names.router())?;
+    let experts = experts.into();
     Ok(Feed::Moe(Box::new(Moe { spec: moe.clone(), router, bias, experts, shared })))
 }
 

@@ -25,6 +25,7 @@ mod model;
 mod ops;
 pub mod perplexity;
 mod probe;
+pub mod router_training;
 pub mod sampler;
 pub mod spec;
 pub mod streamed;

@@ -1,14 +1,21 @@
-//! Candle operations over weights as stored. Forward only; each has the arguments its gradient will need.
+//! Candle operations over weights as stored, with their gradients.
+//!
+//! Weights are frozen: gradients flow to activations, and through the weights of the chosen slots to a router. Where no
+//! argument is part of a graph, an operation is applied without leaving a trace.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor,
+};
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
 use moe_merge_kernels::{
-    Activation, AttentionSpec, ExpertView, KernelError, KeyValues, MatView, RopeTable, Routing,
+    Activation, AttentionSpec, ExpertView, KernelError, KeyValues, MatView, RopeTable, RouterSpec,
+    Routing, activation, dense,
 };
+use rayon::prelude::*;
 
 /// The numbers of a contiguous f32 argument.
 fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -26,6 +33,27 @@ fn refused(error: KernelError) -> candle_core::Error {
 /// All f32 numbers of a tensor.
 pub(crate) fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
     x.flatten_all()?.to_vec1()
+}
+
+/// Numbers as a tensor of the shape of `like`.
+fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), &Device::Cpu)
+}
+
+/// Applies `op`, remembered for the way back if `x` is part of a graph.
+pub(crate) fn apply1<O>(x: &Tensor, op: O) -> Result<Tensor>
+where
+    O: CustomOp1 + Send + Sync + 'static,
+{
+    if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+}
+
+/// As [`apply1`], with two arguments.
+pub(crate) fn apply2<O>(x: &Tensor, y: &Tensor, op: O) -> Result<Tensor>
+where
+    O: CustomOp2 + Send + Sync + 'static,
+{
+    if x.track_op() || y.track_op() { x.apply_op2(y, op) } else { x.apply_op2_no_bwd(y, &op) }
 }
 
 /// A linear layer whose weight stays in the file: `y = x W^T + b`.
@@ -53,7 +81,7 @@ impl FrozenLinear {
 
     /// `x [tokens, in]` to `[tokens, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
     }
 }
 
@@ -69,6 +97,13 @@ impl CustomOp1 for FrozenLinear {
         kernels::linear(x, w, self.bias.as_deref(), &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, w.rows()).into()))
     }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let mut dx = vec![0.0; x.elem_count()];
+        kernels::linear_backward(&to_vec(grad)?, self.view()?, &mut dx, dense::Into::Overwrite)
+            .map_err(refused)?;
+        Ok(Some(tensor_like(dx, x)?))
+    }
 }
 
 /// Root mean square norm of rows as long as its weight; a row of the tensor may hold several (heads).
@@ -81,7 +116,7 @@ pub(crate) struct RmsNorm {
 
 impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+        if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
     }
 }
 
@@ -96,17 +131,25 @@ impl CustomOp1 for RmsNorm {
         kernels::rms_norm(x, &self.weight, self.eps, self.offset, &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (values, dy) = (to_vec(x)?, to_vec(grad)?);
+        let mut dx = vec![0.0; values.len()];
+        kernels::rms_norm_backward(&values, &self.weight, self.eps, self.offset, &dy, &mut dx)
+            .map_err(refused)?;
+        Ok(Some(tensor_like(dx, x)?))
+    }
 }
 
 /// Rotary embedding of the dimensions from `from` on, in every head.
-pub(crate) struct Rope<'a> {
-    pub table: &'a RopeTable,
+pub(crate) struct Rope {
+    pub table: RopeTable,
     pub heads: usize,
     pub head_dim: usize,
     pub from: usize,
 }
 
-impl CustomOp1 for Rope<'_> {
+impl CustomOp1 for Rope {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -115,6 +158,33 @@ impl CustomOp1 for Rope<'_> {
         let mut x = values(storage, layout)?.to_vec();
         self.table.apply(&mut x, self.heads, self.head_dim, self.from).map_err(refused)?;
         Ok((CpuStorage::F32(x), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let mut d = to_vec(grad)?;
+        self.table.apply_backward(&mut d, self.heads, self.head_dim, self.from).map_err(refused)?;
+        Ok(Some(tensor_like(d, x)?))
+    }
+}
+
+/// `x` limited to `-c..=c`; the gradient of what lies outside is 0.
+pub(crate) struct Clamp(pub f32);
+
+impl CustomOp1 for Clamp {
+    fn name(&self) -> &'static str {
+        "clamp"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let limited = |v: &f32| v.clamp(-self.0, self.0);
+        let out = values(storage, layout)?.iter().map(limited).collect();
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let inside = |(d, v): (f32, f32)| if v.abs() <= self.0 { d } else { 0.0 };
+        let d = to_vec(grad)?.into_iter().zip(to_vec(x)?).map(inside).collect();
+        Ok(Some(tensor_like(d, x)?))
     }
 }
 
@@ -137,16 +207,82 @@ impl CustomOp2 for Gate {
         self.0.gate(&mut out, values(up, up_layout)?);
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (mut d_gate, mut d_up) = (to_vec(gate)?, to_vec(up)?);
+        self.0.gate_backward(&mut d_gate, &mut d_up, &to_vec(grad)?);
+        Ok((Some(tensor_like(d_gate, gate)?), Some(tensor_like(d_up, up)?)))
+    }
+}
+
+/// Rows of `x [tokens, width]`, each times the logistic function of its `logit [tokens, 1]`.
+pub(crate) struct Open;
+
+impl CustomOp2 for Open {
+    fn name(&self) -> &'static str {
+        "open"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        logits: &CpuStorage,
+        logits_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let mut out = values(x, x_layout)?.to_vec();
+        let width = x_layout.shape().dims2()?.1.max(1);
+        for (row, logit) in out.chunks_exact_mut(width).zip(values(logits, logits_layout)?) {
+            let open = activation::sigmoid(*logit);
+            row.iter_mut().for_each(|v| *v *= open);
+        }
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        logits: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let width = x.dim(1)?.max(1);
+        let (values, mut d, mut d_logits) = (to_vec(x)?, to_vec(grad)?, to_vec(logits)?);
+        let rows = d.chunks_exact_mut(width).zip(values.chunks_exact(width));
+        for ((d, x), logit) in rows.zip(&mut d_logits) {
+            let open = activation::sigmoid(*logit);
+            let sum: f64 = d.iter().zip(x).map(|(d, x)| f64::from(*d) * f64::from(*x)).sum();
+            *logit = open * (1.0 - open) * sum as f32;
+            d.iter_mut().for_each(|v| *v *= open);
+        }
+        Ok((Some(tensor_like(d, x)?), Some(tensor_like(d_logits, logits)?)))
+    }
 }
 
 /// Causal attention of whole sequences that stand one after the other: `q`, `k`, `v` `[tokens, heads * dim]`.
-pub(crate) struct SelfAttention<'a> {
+pub(crate) struct SelfAttention {
     pub spec: AttentionSpec,
     /// Rows of each sequence.
-    pub sequences: &'a [Range<usize>],
+    pub sequences: Arc<[Range<usize>]>,
 }
 
-impl CustomOp3 for SelfAttention<'_> {
+impl SelfAttention {
+    /// `[tokens, heads * v_dim]`.
+    pub fn forward(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        if q.track_op() || k.track_op() || v.track_op() {
+            return q.apply_op3(k, v, self);
+        }
+        q.apply_op3_no_bwd(k, v, &self)
+    }
+}
+
+impl CustomOp3 for SelfAttention {
     fn name(&self) -> &'static str {
         "self-attention"
     }
@@ -166,7 +302,7 @@ impl CustomOp3 for SelfAttention<'_> {
         let (q_width, out_width) = (s.heads * s.qk_dim, s.heads * s.v_dim);
         let (k_width, v_width) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
         let mut out = vec![0.0; tokens * out_width];
-        for rows in self.sequences {
+        for rows in self.sequences.iter() {
             let part = |width: usize| rows.start * width..rows.end * width;
             let kv = KeyValues {
                 keys: &k[part(k_width)],
@@ -180,9 +316,47 @@ impl CustomOp3 for SelfAttention<'_> {
         }
         Ok((CpuStorage::F32(out), (tokens, out_width).into()))
     }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let s = &self.spec;
+        let tensors = [q, k, v, grad];
+        let widths =
+            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, s.heads * s.v_dim];
+        let mut all = Vec::new();
+        for tensor in tensors {
+            all.push(to_vec(tensor)?);
+        }
+        let parts: Vec<kernels::AttentionGradients> = self
+            .sequences
+            .par_iter()
+            .map(|rows| {
+                let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
+                kernels::attention_backward(part(0), part(1), part(2), part(3), s)
+            })
+            .collect::<std::result::Result<_, _>>()
+            .map_err(refused)?;
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| vec![0.0; all[i].len()]);
+        for (rows, part) in self.sequences.iter().zip(&parts) {
+            for (all, part, width) in [
+                (&mut dq, &part.q, widths[0]),
+                (&mut dk, &part.k, widths[1]),
+                (&mut dv, &part.v, widths[2]),
+            ] {
+                all[rows.start * width..rows.end * width].copy_from_slice(part);
+            }
+        }
+        Ok((Some(tensor_like(dq, q)?), Some(tensor_like(dk, k)?), Some(tensor_like(dv, v)?)))
+    }
 }
 
-/// Attention of new tokens to a cache that holds them already.
+/// Attention of new tokens to a cache that holds them already. It has no gradient: a cache keeps numbers only.
 pub(crate) struct CachedAttention<'a> {
     pub spec: AttentionSpec,
     pub kv: KeyValues<'a>,
@@ -203,12 +377,93 @@ impl CustomOp1 for CachedAttention<'_> {
     }
 }
 
-/// Routed experts: `x [tokens, hidden]` and the weights of the chosen slots `[tokens, top_k]`.
+/// Logits of a router whose weights are a tensor: `x [tokens, hidden]`, `w [experts, hidden]` to `[tokens, experts]`.
+pub(crate) struct RouterLogits;
+
+impl CustomOp2 for RouterLogits {
+    fn name(&self) -> &'static str {
+        "router-logits"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (tokens, hidden) = x_layout.shape().dims2()?;
+        let (experts, cols) = w_layout.shape().dims2()?;
+        let x = dense::Dense::new(values(x, x_layout)?, tokens, hidden).map_err(refused)?;
+        let w = dense::Dense::new(values(w, w_layout)?, experts, cols).map_err(refused)?;
+        let mut out = vec![0.0; tokens * experts];
+        dense::matmul(x, w.transposed(), &mut out, dense::Into::Overwrite).map_err(refused)?;
+        Ok((CpuStorage::F32(out), (tokens, experts).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((tokens, hidden), experts) = (x.dims2()?, w.dim(0)?);
+        let (xs, ws, ds) = (to_vec(x)?, to_vec(w)?, to_vec(grad)?);
+        let product = |a, b, len| -> Result<Vec<f32>> {
+            let mut out = vec![0.0; len];
+            dense::matmul(a, b, &mut out, dense::Into::Overwrite).map_err(refused)?;
+            Ok(out)
+        };
+        let d = dense::Dense::new(&ds, tokens, experts).map_err(refused)?;
+        let mut gradients = (None, None);
+        if x.track_op() {
+            let w = dense::Dense::new(&ws, experts, hidden).map_err(refused)?;
+            gradients.0 = Some(tensor_like(product(d, w, xs.len())?, x)?);
+        }
+        if w.track_op() {
+            let x = dense::Dense::new(&xs, tokens, hidden).map_err(refused)?;
+            gradients.1 = Some(tensor_like(product(d.transposed(), x, ws.len())?, w)?);
+        }
+        Ok(gradients)
+    }
+}
+
+/// From the logits of a router `[tokens, experts]` to the weights of the slots it chose, `[tokens, top_k]`.
+///
+/// The choice is made beforehand and has no gradient.
+pub(crate) struct SlotWeights {
+    pub routing: Arc<Routing>,
+    pub spec: RouterSpec,
+}
+
+impl CustomOp1 for SlotWeights {
+    fn name(&self) -> &'static str {
+        "slot-weights"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let shape = (self.routing.tokens, self.routing.top_k).into();
+        Ok((CpuStorage::F32(self.routing.weights.clone()), shape))
+    }
+
+    fn bwd(&self, logits: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (values, d_weights) = (to_vec(logits)?, to_vec(grad)?);
+        let mut d = vec![0.0; values.len()];
+        let experts = logits.dim(1)?;
+        kernels::route_backward(&values, experts, &self.routing, &d_weights, &self.spec, &mut d)
+            .map_err(refused)?;
+        Ok(Some(tensor_like(d, logits)?))
+    }
+}
+
+/// Routed experts: `x [tokens, hidden]` and the weights of the chosen slots `[tokens, top_k]`, which are those of the
+/// routing.
 ///
 /// The weights are an argument of their own because a router's gradient comes through them.
-pub(crate) struct Experts<'a> {
-    pub ids: &'a [u32],
-    pub experts: &'a [Expert],
+pub(crate) struct Experts {
+    pub routing: Arc<Routing>,
+    pub experts: Arc<[Expert]>,
     pub activation: Activation,
 }
 
@@ -220,7 +475,16 @@ pub(crate) struct Expert {
     pub down: FrozenLinear,
 }
 
-impl CustomOp2 for Experts<'_> {
+impl Experts {
+    fn views(&self) -> Result<Vec<ExpertView<'_>>> {
+        let views = self.experts.iter().map(|Expert { gate, up, down }| {
+            Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
+        });
+        views.collect()
+    }
+}
+
+impl CustomOp2 for Experts {
     fn name(&self) -> &'static str {
         "experts"
     }
@@ -229,26 +493,52 @@ impl CustomOp2 for Experts<'_> {
         &self,
         x: &CpuStorage,
         x_layout: &Layout,
-        weights: &CpuStorage,
-        weights_layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, top_k) = weights_layout.shape().dims2()?;
-        let routing = Routing {
-            tokens,
-            top_k,
-            ids: self.ids.to_vec(),
-            weights: values(weights, weights_layout)?.to_vec(),
-        };
-        let views: Vec<ExpertView<'_>> = self
-            .experts
-            .iter()
-            .map(|e| {
-                Ok(ExpertView { gate: e.gate.view()?, up: e.up.view()?, down: e.down.view()? })
-            })
-            .collect::<Result<_>>()?;
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
-        kernels::moe_forward(x, &routing, &views, self.activation, &mut out).map_err(refused)?;
+        kernels::moe_forward(x, &self.routing, &self.views()?, self.activation, &mut out)
+            .map_err(refused)?;
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weights: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (values, d_out) = (to_vec(x)?, to_vec(grad)?);
+        let mut d_x = x.track_op().then(|| vec![0.0; values.len()]);
+        let d_weights = kernels::moe_backward(
+            &values,
+            &self.routing,
+            &self.views()?,
+            self.activation,
+            &d_out,
+            d_x.as_deref_mut(),
+        )
+        .map_err(refused)?;
+        let d_weights = weights.track_op().then(|| tensor_like(d_weights, weights)).transpose()?;
+        Ok((d_x.map(|d| tensor_like(d, x)).transpose()?, d_weights))
+    }
+}
+
+/// A scalar, 0, whose gradient with respect to its argument is known from elsewhere: where a walk back begins.
+pub(crate) struct KnownGradient(pub Tensor);
+
+impl CustomOp1 for KnownGradient {
+    fn name(&self) -> &'static str {
+        "known-gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), ().into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }

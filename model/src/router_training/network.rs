@@ -1,0 +1,250 @@
+//! The frozen model as training sees it: forward with given gates, back to their gradients.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use moe_merge_checkpoint::{Source, WeightRef};
+use moe_merge_kernels::Score;
+
+use super::Gates;
+use super::head::Head;
+use super::penalty::penalty;
+use super::windows::Piece;
+use crate::error::ModelError;
+use crate::layer::{Gating, Layer, Passed, Past, norm};
+use crate::model::{Tables, check_length, embed};
+use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
+use crate::probe::Batch;
+use crate::spec::{MoeMlp, Spec};
+use crate::weights::Weights;
+
+/// Why a pass did not come to its end.
+pub(super) enum Halt {
+    /// Somebody asked for it.
+    Interrupted,
+    /// Something that has to be finite is not.
+    NotFinite(String),
+    /// It failed.
+    Failed(ModelError),
+}
+
+impl From<ModelError> for Halt {
+    fn from(error: ModelError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<candle_core::Error> for Halt {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// Asked between layers whether to give up.
+pub(super) type Interrupted<'a> = dyn FnMut() -> bool + 'a;
+
+/// Who routes in a pass.
+pub(super) enum Routers {
+    /// Gates `[experts, hidden]` of each MoE layer, and experts per token where it is not the model's own number.
+    Gates(BTreeMap<usize, Tensor>, Option<usize>),
+    /// The expert of every token.
+    Forced(Vec<u32>),
+}
+
+/// A model whose weights are views, all frozen.
+pub(super) struct Network {
+    pub spec: Spec,
+    embedding: WeightRef,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: FrozenLinear,
+}
+
+/// What a walk back needs beside the inputs of the layers.
+pub(super) struct Back<'a> {
+    pub batch: &'a Batch,
+    /// Gates, as in the walk forward.
+    pub routers: &'a Routers,
+    /// Tokens that the penalties look at.
+    pub counted: &'a [bool],
+    /// Weights of load balance and z-loss.
+    pub penalties: (f64, f64),
+}
+
+/// What comes back from a walk through the layers.
+pub(super) struct Gradients {
+    /// By layer, `[experts, hidden]`.
+    pub gates: Gates,
+    /// Mean over MoE layers, without its weight.
+    pub load_balance: f64,
+    /// Likewise.
+    pub z: f64,
+}
+
+impl Network {
+    pub fn open(source: &Source) -> Result<Self, ModelError> {
+        let spec = Spec::of(source)?;
+        let weights = Weights::new(source, &spec)?;
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        Ok(Self {
+            layers: (0..spec.layers.len())
+                .map(|l| Layer::load(&weights, &spec, l))
+                .collect::<Result<_, _>>()?,
+            norm: norm(&weights, &spec, "model.norm.weight")?,
+            head: FrozenLinear::new(head, None),
+            embedding,
+            spec,
+        })
+    }
+
+    /// Number and rule of each MoE layer.
+    pub fn routers(&self) -> impl Iterator<Item = (usize, &MoeMlp)> {
+        self.layers.iter().enumerate().filter_map(|(l, layer)| Some((l, layer.router()?.0)))
+    }
+
+    /// The gates that the model came with.
+    pub fn stored_gates(&self) -> Result<Gates, ModelError> {
+        let mut gates = Gates::new();
+        for (l, layer) in self.layers.iter().enumerate() {
+            if let Some((_, router)) = layer.router() {
+                let view = router.view()?;
+                let mut values = vec![0.0; view.rows() * view.cols()];
+                for (row, out) in values.chunks_exact_mut(view.cols().max(1)).enumerate() {
+                    view.widen_row(row, out);
+                }
+                gates.insert(l, values);
+            }
+        }
+        Ok(gates)
+    }
+
+    /// Gates as tensors `[experts, hidden]`.
+    pub fn tensors(&self, gates: &Gates) -> Result<BTreeMap<usize, Tensor>, ModelError> {
+        let hidden = self.spec.hidden;
+        gates
+            .iter()
+            .map(|(l, w)| {
+                Ok((*l, Tensor::from_slice(w, (w.len() / hidden, hidden), &Device::Cpu)?))
+            })
+            .collect()
+    }
+
+    pub fn head(&self) -> Result<Head<'_>, ModelError> {
+        Ok(Head { spec: &self.spec, norm: &self.norm, weight: self.head.view()? })
+    }
+
+    /// Windows one after the other in one matrix.
+    pub fn batch(&self, pieces: &[&Piece]) -> Result<Batch, ModelError> {
+        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for piece in pieces {
+            check_length(&self.spec, piece.tokens.len())?;
+            rows.push(tokens.len()..tokens.len() + piece.tokens.len());
+            positions.extend(0..piece.tokens.len() as u32);
+            tokens.extend_from_slice(&piece.tokens);
+        }
+        let stream = embed(&self.spec, &self.embedding, &tokens)?;
+        Ok(Batch { rows, positions, stream })
+    }
+
+    /// The stream after the last layer; `see` gets number, input and result of each layer.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        routers: &Routers,
+        interrupted: &mut Interrupted<'_>,
+        mut see: impl FnMut(usize, &Tensor, &Passed) -> Result<(), ModelError>,
+    ) -> Result<Tensor, Halt> {
+        let mut tables = Tables::new(&batch.positions);
+        let mut x = batch.stream.clone();
+        for l in 0..self.layers.len() {
+            if interrupted() {
+                return Err(Halt::Interrupted);
+            }
+            let passed = self.layer(l, &x, &mut tables, batch, routers)?;
+            see(l, &x, &passed)?;
+            x = passed.stream;
+        }
+        Ok(x)
+    }
+
+    fn layer(
+        &self,
+        l: usize,
+        x: &Tensor,
+        tables: &mut Tables<'_>,
+        batch: &Batch,
+        routers: &Routers,
+    ) -> Result<Passed, ModelError> {
+        let layer = &self.layers[l];
+        let gating = match (routers, layer.router()) {
+            (Routers::Gates(gates, top_k), Some((moe, _))) => {
+                let missing = || candle_core::Error::msg(format!("no gates for layer {l}"));
+                let gates = gates.get(&l).ok_or_else(missing)?;
+                Gating::Weights(gates, top_k.unwrap_or(moe.router.top_k))
+            }
+            (Routers::Forced(ids), Some(_)) => Gating::Forced(ids),
+            (_, None) => Gating::Stored,
+        };
+        let table = tables.of(layer.rope());
+        layer.forward_gated(&self.spec, x, table, Past::None(&batch.rows), gating)
+    }
+
+    /// Back through the layers, each computed again from its input, to the gates; below the first MoE layer nothing is
+    /// wanted.
+    ///
+    /// * `inputs`: input of each layer, from the first MoE layer on
+    /// * `d_stream`: gradient of the stream after the last layer
+    pub fn backward(
+        &self,
+        back: &Back<'_>,
+        mut inputs: Vec<Tensor>,
+        mut d_stream: Tensor,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Gradients, Halt> {
+        let Back { batch, routers, counted, penalties } = *back;
+        let mut found = Gradients { gates: Gates::new(), load_balance: 0.0, z: 0.0 };
+        let Routers::Gates(gates, top_k) = routers else { return Ok(found) };
+        let mut tables = Tables::new(&batch.positions);
+        let layers = gates.len() as f64;
+        let first = self.layers.len() - inputs.len();
+        for l in (first..self.layers.len()).rev() {
+            if interrupted() {
+                return Err(Halt::Interrupted);
+            }
+            let Some(input) = inputs.pop() else { break };
+            let x = if l > first { Var::from_tensor(&input)?.into_inner() } else { input };
+            let mut own = BTreeMap::new();
+            if let Some(gate) = gates.get(&l) {
+                own.insert(l, Var::from_tensor(gate)?.into_inner());
+            }
+            let gate = own.get(&l).cloned();
+            let own = Routers::Gates(own, *top_k);
+            let passed = self.layer(l, &x, &mut tables, batch, &own)?;
+            let mut root = passed.stream.apply_op1(KnownGradient(d_stream))?;
+            if let (Some(logits), Some(routing)) = (&passed.logits, &passed.routing) {
+                let score = self.layers[l].router().map_or(Score::Softmax, |r| r.0.router.score);
+                let weights = (penalties.0 / layers, penalties.1 / layers);
+                let p = penalty(&to_vec(logits)?, routing, counted, score, weights);
+                found.load_balance += p.load_balance / layers;
+                found.z += p.z / layers;
+                if weights != (0.0, 0.0) {
+                    let d = Tensor::from_vec(p.gradient, logits.shape(), &Device::Cpu)?;
+                    root = (root + logits.apply_op1(KnownGradient(d))?)?;
+                }
+            }
+            let mut gradients = root.backward()?;
+            if let Some(gate) = &gate {
+                let gradient = gradients.remove(gate);
+                let missing = || candle_core::Error::msg("no gradient reached a router");
+                found.gates.insert(l, to_vec(&gradient.ok_or_else(missing)?)?);
+            }
+            if l == first {
+                break;
+            }
+            let missing = || candle_core::Error::msg("no gradient reached a layer's input");
+            d_stream = gradients.remove(&x).ok_or_else(missing)?;
+        }
+        Ok(found)
+    }
+}
