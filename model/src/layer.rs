@@ -12,8 +12,8 @@ use moe_merge_kernels::{
 use crate::cache::LayerCache;
 use crate::error::ModelError;
 use crate::ops::{
-    CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, RmsNorm, Rope, RouterLogits,
-    SelfAttention, SlotWeights, apply1, apply2, to_vec,
+    CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, Residual, RmsNorm, Rope,
+    RouterLogits, SelfAttention, SlotWeights, apply1, apply2, to_vec,
 };
 use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, SharedExpert, Spec};
 use crate::weights::Weights;
@@ -85,10 +85,21 @@ pub(crate) enum Past<'a> {
 pub(crate) enum Gating<'a> {
     /// The layer's own router.
     Stored,
-    /// A router with weights of its own, `[experts, hidden]`, and its own number of experts per token.
-    Weights(&'a Tensor, usize),
+    /// Another router.
+    Weights(OtherRouter<'a>),
     /// Nobody: every token has its expert, with the weight that a router gives to an expert it is certain of.
     Forced(&'a [u32]),
+}
+
+/// A router in the place of a layer's own.
+#[derive(Clone, Copy)]
+pub(crate) struct OtherRouter<'a> {
+    /// `[experts, hidden]`; gradients flow to it if it is a variable.
+    pub weights: &'a Tensor,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Output of the routed experts for the same input and weights, where an earlier pass has computed it.
+    pub known: Option<&'a Tensor>,
 }
 
 /// What a pass through one layer leaves behind.
@@ -101,6 +112,8 @@ pub(crate) struct Passed {
     pub routing: Option<Routing>,
     /// Logits they were chosen by, `[tokens, experts]`; none where nobody chose.
     pub logits: Option<Tensor>,
+    /// Output of the routed experts, `[tokens, hidden]`, before shared ones are added.
+    pub routed: Option<Tensor>,
 }
 
 impl Layer {
@@ -175,9 +188,10 @@ impl Layer {
         let attended = self.attend(spec, &self.input_norm.forward(x)?, table, past)?;
         let x = add(spec, x, attended, self.after.as_ref().map(|a| &a[0]))?;
         let mlp_input = self.mlp_norm.forward(&x)?;
-        let Fed { out, routing, logits } = self.feed(spec.activation, &mlp_input, gating)?;
+        let Fed { out, routing, logits, routed } =
+            self.feed(spec.activation, &mlp_input, gating)?;
         let stream = add(spec, &x, out, self.after.as_ref().map(|a| &a[1]))?;
-        Ok(Passed { stream, mlp_input, routing, logits })
+        Ok(Passed { stream, mlp_input, routing, logits, routed })
     }
 
     fn attend(
@@ -276,29 +290,35 @@ impl Layer {
         let moe = match &self.mlp {
             Feed::Dense(mlp) => {
                 let out = mlp_forward(mlp, activation, x)?;
-                return Ok(Fed { out, routing: None, logits: None });
+                return Ok(Fed { out, routing: None, logits: None, routed: None });
             }
             Feed::Moe(moe) => moe,
         };
         let Moe { spec, router, experts, shared, .. } = &**moe;
         let (routing, weights, logits) = match gating {
             Gating::Stored => self.routed(moe, router.forward(x)?, spec.router)?,
-            Gating::Weights(gates, top_k) => {
+            Gating::Weights(OtherRouter { weights, top_k, .. }) => {
                 let rule = RouterSpec { top_k, ..spec.router };
-                self.routed(moe, apply2(x, gates, RouterLogits)?, rule)?
+                self.routed(moe, apply2(x, weights, RouterLogits)?, rule)?
             }
             Gating::Forced(ids) => forced(ids, spec.router.scale)?,
         };
-        let op = Experts { routing: routing.clone(), experts: experts.clone(), activation };
-        let mut out = apply2(x, &weights, op)?;
+        let known = match gating {
+            Gating::Weights(other) => other.known.cloned(),
+            _ => None,
+        };
+        let op = Experts { routing: routing.clone(), experts: experts.clone(), activation, known };
+        let routed = apply2(x, &weights, op)?;
+        let mut out = routed.clone();
         if let Some((mlp, gate)) = shared {
             let mut y = mlp_forward(mlp, activation, x)?;
             if let Some(gate) = gate {
                 y = apply2(&y, &gate.forward(x)?, Open)?;
             }
-            out = (out + y)?;
+            out = apply2(&out, &y, Residual { scale: 1.0 })?;
         }
-        Ok(Fed { out, routing: Some(Arc::unwrap_or_clone(routing)), logits })
+        let routing = Some(Arc::unwrap_or_clone(routing));
+        Ok(Fed { out, routing, logits, routed: Some(routed) })
     }
 
     /// The experts that `logits` choose, and the weights through which gradients reach the logits.
@@ -320,6 +340,7 @@ struct Fed {
     out: Tensor,
     routing: Option<Routing>,
     logits: Option<Tensor>,
+    routed: Option<Tensor>,
 }
 
 /// One expert per token, given from outside.
@@ -339,10 +360,7 @@ fn add(
     if let Some(norm) = norm {
         y = norm.forward(&y)?;
     }
-    if spec.residual_scale != 1.0 {
-        y = (y * spec.residual_scale as f64)?;
-    }
-    Ok((x + y)?)
+    Ok(apply2(x, &y, Residual { scale: spec.residual_scale })?)
 }
 
 fn mlp_forward(mlp: &Expert, activation: Activation, x: &Tensor) -> Result<Tensor, ModelError> {

@@ -1,8 +1,9 @@
 //! Router-only training: gradients into the gates of a MoE, everything else frozen.
 //!
 //! A step: draw a balanced batch, run it through the frozen model with the current gates, keep only the input of each
-//! layer, and go back layer by layer, each computed again from its input (gradient checkpointing); logits exist for a
-//! chunk of tokens at a time. Memory: the streams of one batch, and the activations of one layer.
+//! layer and what its routed experts gave, and go back layer by layer, each computed again from its input (gradient
+//! checkpointing); logits exist for a chunk of tokens at a time. Memory: two streams of one batch for each layer, and
+//! the activations of one layer.
 //!
 //! **What a gate learns.** The choice of experts has no gradient; the weights of the chosen ones have. So an expert that
 //! a token does not visit learns nothing from it, and where each token visits one expert with weight 1 there is nothing
@@ -124,7 +125,7 @@ pub struct Progress<'a> {
     pub steps: u64,
     /// Losses of the step just done; none before the first one of this call.
     pub step: Option<StepLoss>,
-    /// Held-out loss, if it was taken just now.
+    /// Held-out loss, if it was taken after this step.
     pub evaluation: Option<&'a Evaluation>,
     /// Tokens trained on per second, in this call, evaluations left out.
     pub tokens_per_second: f64,
@@ -341,14 +342,15 @@ impl Run<'_> {
     fn go(&mut self, watcher: &mut dyn TrainingWatcher) -> Result<Stopped, TrainingError> {
         let (mut trained, mut time, mut step) = (0, Duration::ZERO, None);
         loop {
-            let due = self.evaluation_due();
-            if due && let Err(halt) = self.evaluate(&mut || watcher.interrupted()) {
+            if self.evaluation_due()
+                && let Err(halt) = self.evaluate(&mut || watcher.interrupted())
+            {
                 return self.failure(halt).map_or(Ok(Stopped::Interrupted), Err);
             }
             let flow = watcher.progress(&Progress {
                 steps: self.options.steps,
                 step,
-                evaluation: self.state.evaluations.last().filter(|_| due),
+                evaluation: self.state.evaluations.last().filter(|e| e.step == self.state.step),
                 tokens_per_second: trained as f64 / time.as_secs_f64().max(1e-9),
                 state: &self.state,
             });
@@ -436,10 +438,10 @@ impl Run<'_> {
         let batch = network.batch(pieces)?;
         let routers = Routers::Gates(network.tensors(&self.state.gates)?, top_k);
         let first = self.state.gates.keys().next().copied().unwrap_or(0);
-        let (mut inputs, mut rms) = (Vec::new(), Gates::new());
+        let (mut kept, mut rms) = (Vec::new(), Gates::new());
         let stream = network.forward(&batch, &routers, interrupted, |l, input, passed| {
             if l >= first {
-                inputs.push(input.clone());
+                kept.push(network::Kept { input: input.clone(), routed: passed.routed.clone() });
             }
             if passed.logits.is_some() && !self.state.input_rms.contains_key(&l) {
                 let rows = to_vec(&passed.mlp_input)?;
@@ -470,7 +472,7 @@ impl Run<'_> {
             Tensor::from_vec(d_stream, stream.shape(), &Device::Cpu).map_err(ModelError::from)?;
         let penalties = (self.options.load_balance, self.options.z_loss);
         let back = network::Back { batch: &batch, routers: &routers, counted: &counted, penalties };
-        let found = network.backward(&back, inputs, d_stream, interrupted)?;
+        let found = network.backward(&back, kept, d_stream, interrupted)?;
         for (l, gradient) in &found.gates {
             if gradient.iter().any(|g| !g.is_finite()) {
                 return Err(Halt::NotFinite(format!("the gradient of the gates of layer {l}")));

@@ -11,7 +11,7 @@ use super::head::Head;
 use super::penalty::penalty;
 use super::windows::Piece;
 use crate::error::ModelError;
-use crate::layer::{Gating, Layer, Passed, Past, norm};
+use crate::layer::{Gating, Layer, OtherRouter, Passed, Past, norm};
 use crate::model::{Tables, check_length, embed};
 use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
 use crate::probe::Batch;
@@ -60,7 +60,15 @@ pub(super) struct Network {
     head: FrozenLinear,
 }
 
-/// What a walk back needs beside the inputs of the layers.
+/// What is kept of a layer for the walk back.
+pub(super) struct Kept {
+    /// The stream that entered it.
+    pub input: Tensor,
+    /// Output of its routed experts: the dearest thing to compute again.
+    pub routed: Option<Tensor>,
+}
+
+/// What a walk back needs beside that.
 pub(super) struct Back<'a> {
     pub batch: &'a Batch,
     /// Gates, as in the walk forward.
@@ -161,7 +169,7 @@ impl Network {
             if interrupted() {
                 return Err(Halt::Interrupted);
             }
-            let passed = self.layer(l, &x, &mut tables, batch, routers)?;
+            let passed = self.layer(l, &x, &mut tables, batch, routers, None)?;
             see(l, &x, &passed)?;
             x = passed.stream;
         }
@@ -175,13 +183,15 @@ impl Network {
         tables: &mut Tables<'_>,
         batch: &Batch,
         routers: &Routers,
+        known: Option<&Tensor>,
     ) -> Result<Passed, ModelError> {
         let layer = &self.layers[l];
         let gating = match (routers, layer.router()) {
             (Routers::Gates(gates, top_k), Some((moe, _))) => {
                 let missing = || candle_core::Error::msg(format!("no gates for layer {l}"));
                 let gates = gates.get(&l).ok_or_else(missing)?;
-                Gating::Weights(gates, top_k.unwrap_or(moe.router.top_k))
+                let top_k = top_k.unwrap_or(moe.router.top_k);
+                Gating::Weights(OtherRouter { weights: gates, top_k, known })
             }
             (Routers::Forced(ids), Some(_)) => Gating::Forced(ids),
             (_, None) => Gating::Stored,
@@ -193,12 +203,12 @@ impl Network {
     /// Back through the layers, each computed again from its input, to the gates; below the first MoE layer nothing is
     /// wanted.
     ///
-    /// * `inputs`: input of each layer, from the first MoE layer on
+    /// * `kept`: of each layer, from the first MoE layer on
     /// * `d_stream`: gradient of the stream after the last layer
     pub fn backward(
         &self,
         back: &Back<'_>,
-        mut inputs: Vec<Tensor>,
+        mut kept: Vec<Kept>,
         mut d_stream: Tensor,
         interrupted: &mut Interrupted<'_>,
     ) -> Result<Gradients, Halt> {
@@ -207,20 +217,21 @@ impl Network {
         let Routers::Gates(gates, top_k) = routers else { return Ok(found) };
         let mut tables = Tables::new(&batch.positions);
         let layers = gates.len() as f64;
-        let first = self.layers.len() - inputs.len();
+        let first = self.layers.len() - kept.len();
         for l in (first..self.layers.len()).rev() {
             if interrupted() {
                 return Err(Halt::Interrupted);
             }
-            let Some(input) = inputs.pop() else { break };
-            let x = if l > first { Var::from_tensor(&input)?.into_inner() } else { input };
+            let Some(kept) = kept.pop() else { break };
+            let x =
+                if l > first { Var::from_tensor(&kept.input)?.into_inner() } else { kept.input };
             let mut own = BTreeMap::new();
             if let Some(gate) = gates.get(&l) {
                 own.insert(l, Var::from_tensor(gate)?.into_inner());
             }
             let gate = own.get(&l).cloned();
             let own = Routers::Gates(own, *top_k);
-            let passed = self.layer(l, &x, &mut tables, batch, &own)?;
+            let passed = self.layer(l, &x, &mut tables, batch, &own, kept.routed.as_ref())?;
             let mut root = passed.stream.apply_op1(KnownGradient(d_stream))?;
             if let (Some(logits), Some(routing)) = (&passed.logits, &passed.routing) {
                 let score = self.layers[l].router().map_or(Score::Softmax, |r| r.0.router.score);
