@@ -11,6 +11,7 @@ use moe_merge_kernels::{
 
 use crate::cache::LayerCache;
 use crate::error::ModelError;
+use crate::lanes;
 use crate::ops::{
     CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, Residual, RmsNorm, Rope,
     RouterLogits, SelfAttention, SlotWeights, apply1, apply2, to_vec,
@@ -76,6 +77,8 @@ struct Moe {
 pub(crate) enum Past<'a> {
     /// In a cache that holds so many tokens already.
     Cache(&'a mut LayerCache, usize),
+    /// In a cache for each row: every row is the next token of a sequence of its own.
+    Lanes(&'a mut [LayerCache], &'a [usize]),
     /// Nowhere: the pass holds whole sequences, in these rows.
     None(&'a [Range<usize>]),
 }
@@ -237,6 +240,7 @@ impl Layer {
             Past::Cache(..) if q.track_op() => {
                 return Err(candle_core::Error::msg("attention to a cache has no gradient").into());
             }
+            Past::Lanes(caches, lens) => lanes::attend(caches, lens, [&q, &k, &v], &kernel)?,
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
                 let kv = cache.view(len + q.dim(0)?);
