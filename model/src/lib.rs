@@ -30,6 +30,7 @@ pub mod spec;
 pub mod streamed;
 mod text_error;
 pub mod tokenizer;
+pub mod trace;
 pub mod verify;
 mod weights;
 
@@ -37,7 +38,7 @@ pub use cache::Cache;
 pub use chat::ChatTemplate;
 pub use error::ModelError;
 pub use families::{FAMILIES, Family, family_of};
-pub use model::{LayerRouting, LogitRows, Model};
+pub use model::{LogitRows, Model};
 pub use probe::{LayerProbe, probe};
 pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
