@@ -11,6 +11,8 @@ pub struct Choices<'a> {
     pub top_k: usize,
     /// `[tokens, top_k]`, best first.
     pub ids: &'a [u32],
+    /// `[tokens, top_k]`, of the same places.
+    pub weights: &'a [f32],
     /// `[tokens, experts]`, rows of sum 1.
     pub probabilities: &'a [f32],
     /// Tokens of the text that the model saw before the first of these.
@@ -34,6 +36,7 @@ pub struct Traffic {
 struct Counts {
     slots: Vec<u64>,
     first: Vec<u64>,
+    weight: Vec<f64>,
     entropy: f64,
     hits: Hits,
 }
@@ -67,6 +70,16 @@ fn bucket(position: usize) -> usize {
     position.checked_ilog2().map_or(0, |power| power as usize + 1)
 }
 
+/// Adds the weights of one token as shares of their sum.
+fn add_shares(sums: &mut [f64], chosen: &[u32], weights: &[f32]) {
+    let all: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+    for (&expert, &weight) in chosen.iter().zip(weights) {
+        if let Some(sum) = sums.get_mut(expert as usize).filter(|_| all > 0.0) {
+            *sum += f64::from(weight) / all;
+        }
+    }
+}
+
 /// Entropy in nats of one row of probabilities.
 fn entropy(row: &[f32]) -> f64 {
     row.iter().map(|&p| f64::from(p)).filter(|p| *p > 0.0).map(|p| -p * p.ln()).sum()
@@ -86,18 +99,21 @@ impl Traffic {
 
     /// Counts what the router of `layer` did. Choices of experts that are not there are left out.
     pub fn add(&mut self, layer: usize, choices: Choices<'_>) {
-        let Choices { experts, top_k, ids, probabilities, position } = choices;
+        let Choices { experts, top_k, ids, weights, probabilities, position } = choices;
         if experts > self.experts {
             self.widen(experts);
         }
         let counts = self.layers.entry(layer).or_default();
         counts.slots.resize(experts, 0);
         counts.first.resize(experts, 0);
+        counts.weight.resize(experts, 0.0);
         let rows = ids.chunks_exact(top_k.max(1)).zip(probabilities.chunks_exact(experts.max(1)));
         for (i, (chosen, row)) in rows.enumerate() {
             let known = || chosen.iter().map(|&e| e as usize).filter(|&e| e < experts);
             let Some(first) = known().next() else { continue };
             known().for_each(|e| counts.slots[e] += 1);
+            let own = weights.get(i * top_k..(i + 1) * top_k).unwrap_or_default();
+            add_shares(&mut counts.weight, chosen, own);
             counts.first[first] += 1;
             counts.entropy += entropy(row);
             if let Some(second) = runner_up(row, first) {
@@ -139,6 +155,7 @@ impl Traffic {
                     layer,
                     load: c.slots.iter().map(|&n| share(n, slots)).collect(),
                     first: c.first.iter().map(|&n| share(n, c.hits.tokens)).collect(),
+                    weight: c.weight.iter().map(|w| w / c.hits.tokens.max(1) as f64).collect(),
                     entropy: c.entropy / c.hits.tokens.max(1) as f64,
                     agreement: self.label.map(|_| c.hits.agreement()),
                 }
@@ -156,6 +173,7 @@ impl Traffic {
             tokens: self.layers.values().map(|c| c.hits.tokens).max().unwrap_or(0) as usize,
             load: each(&|l| &l.load),
             first: each(&|l| &l.first),
+            weight: each(&|l| &l.weight),
             entropy: mean(&|l| l.entropy),
             rivals: (0..self.experts).map(|e| self.rival(e)).collect(),
             agreement: self.label.map(|_| self.hits().agreement()),
@@ -206,6 +224,8 @@ pub struct TextTraffic {
     pub load: Vec<f64>,
     /// Share of tokens whose first choice each expert is, mean over layers; sums to 1.
     pub first: Vec<f64>,
+    /// Share of the routing weight that each expert gets, mean over tokens and layers.
+    pub weight: Vec<f64>,
     /// Entropy of the probabilities over all experts in nats, mean over tokens and layers: `ln experts` is undecided.
     pub entropy: f64,
     /// For each expert the one that is most often second where it is first; none for an expert that is never first.
@@ -227,6 +247,8 @@ pub struct LayerTraffic {
     pub load: Vec<f64>,
     /// Share of first choices per expert.
     pub first: Vec<f64>,
+    /// Share of the routing weight per expert.
+    pub weight: Vec<f64>,
     /// Mean entropy in nats.
     pub entropy: f64,
     /// How often the text's own expert was chosen; none without a label.
@@ -296,7 +318,7 @@ pub struct LayerVerdict {
     pub layer: usize,
     /// Mean over the labelled experts.
     pub agreement: Agreement,
-    /// Whether first choices are right more often than chance, by two standard errors of as many guesses.
+    /// Whether first choices are right more often than chance, by two standard errors of as many guesses or by 0.1.
     pub better_than_chance: bool,
 }
 
@@ -318,11 +340,9 @@ pub fn judge(texts: &[Traffic]) -> Option<Verdict> {
             tokens += hits.tokens;
         }
         let error = (chance * (1.0 - chance) / tokens.max(1) as f64).sqrt();
-        LayerVerdict {
-            layer,
-            agreement,
-            better_than_chance: agreement.first > chance + 2.0 * error,
-        }
+        // A handful of tokens proves nothing: then the figure itself must look like chance.
+        let margin = (2.0 * error).min(0.1);
+        LayerVerdict { layer, agreement, better_than_chance: agreement.first > chance + margin }
     };
     Some(Verdict {
         experts: labels.iter().map(|&e| expert_verdict(e, of(e), experts)).collect(),
@@ -358,8 +378,13 @@ fn expert_verdict<'a>(
 mod tests {
     use super::*;
 
+    /// The first choice always has three quarters.
+    static WEIGHTS: std::sync::LazyLock<Vec<f32>> =
+        std::sync::LazyLock::new(|| [0.75, 0.25].repeat(40));
+
     fn choices<'a>(ids: &'a [u32], probabilities: &'a [f32], position: usize) -> Choices<'a> {
-        Choices { experts: 3, top_k: 2, ids, probabilities, position }
+        let weights = &WEIGHTS[..ids.len()];
+        Choices { experts: 3, top_k: 2, ids, weights, probabilities, position }
     }
 
     fn two_layers(label: Option<usize>) -> Traffic {
@@ -379,6 +404,10 @@ mod tests {
         assert_eq!(report.layers[1].load, [0.25, 0.5, 0.25]);
         assert_eq!(report.load, [0.375, 0.5, 0.125]);
         assert_eq!(report.first, [0.5, 0.25, 0.25]);
+        // Weights 3/4 and 1/4 each: in layer 7, expert 0 has 3/4 of the first token, 1 has 1/4 of both.
+        assert_eq!(report.layers[0].weight, [0.5, 0.5, 0.0]);
+        assert_eq!(report.layers[1].weight, [0.375, 0.25, 0.375]);
+        assert_eq!(report.weight, [0.4375, 0.375, 0.1875]);
         let second: f64 = -(0.4 * 0.2f64.ln() + 0.6 * 0.6f64.ln());
         assert!((report.layers[0].entropy - (2f64.ln() + second) / 2.0).abs() < 1e-7);
         assert_eq!((report.agreement, report.positions.len()), (None, 0));
@@ -422,8 +451,14 @@ mod tests {
     #[test]
     fn experts_may_differ_from_layer_to_layer() {
         let mut traffic = Traffic::new(None);
-        let few =
-            Choices { experts: 2, top_k: 1, ids: &[1], probabilities: &[0.4, 0.6], position: 0 };
+        let few = Choices {
+            experts: 2,
+            top_k: 1,
+            ids: &[1],
+            weights: &[1.0],
+            probabilities: &[0.4, 0.6],
+            position: 0,
+        };
         traffic.add(0, few);
         traffic.add(1, choices(&[2, 0], &[0.2, 0.1, 0.7], 0));
         let report = traffic.report();

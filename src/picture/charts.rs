@@ -101,12 +101,16 @@ pub fn patterns(experts: usize) -> String {
     names.dedup();
     let mut svg = String::from("<defs>\n");
     for (kind, name) in names {
-        let angle = [0, 45, 135, 90][kind];
         let ink = if name.ends_with('d') { "#000" } else { "#fff" };
+        let (angle, shape) = match kind {
+            1 => (45, "<rect width=\"1.5\" height=\"6\""),
+            2 => (135, "<rect width=\"1.5\" height=\"6\""),
+            _ => (0, "<circle cx=\"3\" cy=\"3\" r=\"1.3\""),
+        };
         let _ = writeln!(
             svg,
-            "<pattern id=\"p{name}\" width=\"5\" height=\"5\" patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate({angle})\">\
-<rect width=\"1.6\" height=\"5\" fill=\"{ink}\" fill-opacity=\"0.38\"/></pattern>"
+            "<pattern id=\"p{name}\" width=\"6\" height=\"6\" patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate({angle})\">\
+{shape} fill=\"{ink}\" fill-opacity=\"0.36\"/></pattern>"
         );
     }
     svg + "</defs>\n"
@@ -144,16 +148,25 @@ pub fn layers(routes: &Routes, text: &TextRoutes, largest: f64) -> Part {
     let mut part = Part::default();
     heat_map(&mut part, &grid, routes, text, largest);
     let heat_right = grid.left + grid.cell * routes.experts.len() as f64;
-    entropy(&mut part, &grid, routes, text, heat_right + 56.0);
+    let room = (WIDTH - MARGIN - heat_right) / 2.0 - 2.0 * GAP;
+    let panel = Panel { x: heat_right + GAP, width: room.clamp(120.0, 280.0) };
+    entropy(&mut part, &grid, routes, text, &panel);
     if text.label.is_some() {
-        agreement(&mut part, &grid, routes, text, heat_right + 56.0 + PANEL + 64.0);
+        let panel = Panel { x: panel.x + panel.width + 2.0 * GAP, ..panel };
+        agreement(&mut part, &grid, routes, text, &panel);
     }
-    part.height = grid.bottom(text) + grid.row + 14.0;
+    part.height = grid.bottom(text) + grid.row + 20.0;
     part
 }
 
-/// Width of the panels for entropy and agreement.
-const PANEL: f64 = 172.0;
+/// Free space beside a panel; numbers stand in it.
+const GAP: f64 = 44.0;
+
+/// Where entropy and agreement are drawn.
+struct Panel {
+    x: f64,
+    width: f64,
+}
 
 struct Grid {
     left: f64,
@@ -228,17 +241,24 @@ fn shares(part: &mut Part, grid: &Grid, row: usize, shares: &[f64], largest: f64
     }
 }
 
-fn entropy(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, x: f64) {
+fn entropy(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, panel: &Panel) {
+    let x = panel.x;
     let most = (routes.experts.len().max(2) as f64).ln();
     part.text(x, 14.0, "k b s14", Anchor::Start, "entropy");
-    part.text(x + 62.0, 14.0, "m s12", Anchor::Start, "nats");
+    part.text(x + 66.0, 14.0, "m s12", Anchor::Start, "nats");
     part.text(x, grid.top - 10.0, "m s11", Anchor::Start, "0 sure");
-    part.text(x + PANEL, grid.top - 10.0, "m s11", Anchor::End, &format!("undecided {most:.2}"));
+    part.text(
+        x + panel.width,
+        grid.top - 10.0,
+        "m s11",
+        Anchor::End,
+        &format!("undecided {most:.2}"),
+    );
     let bottom = grid.bottom(text);
     part.line([x, grid.top, x, bottom], "l");
-    part.line([x + PANEL, grid.top, x + PANEL, bottom], "l dash");
+    part.line([x + panel.width, grid.top, x + panel.width, bottom], "l dash");
     for (i, layer) in text.traffic.layers.iter().enumerate() {
-        let wide = (layer.entropy / most).clamp(0.0, 1.0) * PANEL;
+        let wide = (layer.entropy / most).clamp(0.0, 1.0) * panel.width;
         let thick = grid.row * 0.56;
         let y = grid.middle(i) - thick / 2.0;
         part.put(format_args!(
@@ -247,36 +267,41 @@ fn entropy(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, x: 
         if grid.row >= 14.0 {
             let y = grid.middle(i) + 4.0;
             let value = format!("{:.2}", layer.entropy);
-            part.text(x + PANEL + 8.0, y, "m s11", Anchor::Start, &value);
+            part.text(x + panel.width + 8.0, y, "m s11", Anchor::Start, &value);
         }
     }
     let mean = format!("mean {:.2}", text.traffic.entropy);
     part.text(x, bottom + 6.0 + grid.row / 2.0 + 4.0, "k s11", Anchor::Start, &mean);
 }
 
-fn agreement(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, x: f64) {
+fn agreement(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, panel: &Panel) {
+    let x = panel.x;
     let Some(label) = text.label else { return };
     let name = format!("{} chosen", glyph::shortened(&routes.experts[label.expert], 14));
     part.text(x, 14.0, "k b s14", Anchor::Start, &name);
+    let poor = routes.chance_layers();
     let key = format!("● first   ○ in top-{}", routes.top_k);
     part.text(x, grid.top - 26.0, "m s11", Anchor::Start, &key);
     part.text(x, grid.top - 10.0, "m s11", Anchor::Start, "0 %");
-    part.text(x + PANEL, grid.top - 10.0, "m s11", Anchor::End, "100 %");
+    part.text(x + panel.width, grid.top - 10.0, "m s11", Anchor::End, "100 %");
     let bottom = grid.bottom(text);
     part.line([x, grid.top, x, bottom], "l");
-    part.line([x + PANEL, grid.top, x + PANEL, bottom], "l");
+    part.line([x + panel.width, grid.top, x + panel.width, bottom], "l");
     let chance = routes.verdict.as_ref().map(|v| v.chance);
     if let Some(chance) = chance {
-        let at = x + chance * PANEL;
+        let at = x + chance * panel.width;
         part.line([at, grid.top, at, bottom], "l dash");
         let note = format!("chance {}", percent(chance));
         part.text(at, bottom + 6.0 + grid.row / 2.0 + 4.0, "m s11", Anchor::Middle, &note);
     }
-    let poor = routes.chance_layers();
+    if !poor.is_empty() {
+        let y = bottom + grid.row / 2.0 + 25.0;
+        part.text(x, y, "m s11", Anchor::Start, "! no better than chance");
+    }
     for (i, layer) in text.traffic.layers.iter().enumerate() {
         let Some(found) = layer.agreement else { continue };
         let (y, r) = (grid.middle(i), (grid.row * 0.3).min(5.0));
-        let (first, any) = (x + found.first * PANEL, x + found.any * PANEL);
+        let (first, any) = (x + found.first * panel.width, x + found.any * panel.width);
         part.line([first, y, any, y], "l");
         part.put(format_args!(
             "<circle cx=\"{any:.1}\" cy=\"{y:.1}\" r=\"{r:.1}\" class=\"open\"/>\n"
@@ -287,7 +312,7 @@ fn agreement(part: &mut Part, grid: &Grid, routes: &Routes, text: &TextRoutes, x
         if grid.row >= 14.0 {
             let warn = if poor.contains(&layer.layer) { " !" } else { "" };
             let value = format!("{}{warn}", percent(found.first));
-            part.text(x + PANEL + 8.0, y + 4.0, "m s11", Anchor::Start, &value);
+            part.text(x + panel.width + 8.0, y + 4.0, "m s11", Anchor::Start, &value);
         }
     }
 }

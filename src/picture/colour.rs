@@ -22,7 +22,7 @@ const TERMINAL: [u8; 8] = [25, 214, 22, 227, 166, 117, 175, 53];
 const SHARES: [Rgb; 4] =
     [[0xf7, 0xf9, 0xfc], [0xa9, 0xc9, 0xe6], [0x2f, 0x78, 0xb7], [0x08, 0x25, 0x4d]];
 
-/// Patterns over the colours, so that more experts than colours stay apart: plain, and lines in three directions.
+/// Patterns over the colours, so that more experts than colours stay apart: plain, lines in two directions, dots.
 pub const PATTERNS: usize = 4;
 
 /// The colour of an expert; they repeat after eight, with another [`pattern`].

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::charts::{self, WIDTH, strip_row, token_text};
+use super::charts::{self, MARGIN, WIDTH, strip_row, token_text};
 use super::colour::{self, hex};
 use super::glyph::escape;
 use super::{Routes, TextRoutes, TokenRoutes, percent, svg};
@@ -64,11 +64,17 @@ fn looks(routes: &Routes) -> String {
         let ground = colour::of_expert(e);
         let ink = colour::ink_on(ground);
         let lines = if ink == [0xff; 3] { "#ffffff60" } else { "#00000060" };
-        let angle = [0, 45, 135, 90][colour::pattern(e)];
+        let line = |angle| {
+            format!(
+                ";background-image:repeating-linear-gradient({angle}deg,{lines} 0 1.5px,#0000 1.5px 6px)"
+            )
+        };
         let image = match colour::pattern(e) {
             0 => String::new(),
+            1 => line(45),
+            2 => line(135),
             _ => format!(
-                ";background-image:repeating-linear-gradient({angle}deg,{lines} 0 1.6px,#0000 1.6px 5px)"
+                ";background-image:radial-gradient({lines} 1.3px,#0000 1.6px);background-size:6px 6px"
             ),
         };
         let _ =
@@ -82,17 +88,18 @@ fn section(page: &mut String, routes: &Routes, text: &TextRoutes, largest: f64) 
     let facts: Vec<String> = svg::facts(routes, text).iter().map(|f| escape(f)).collect();
     let _ = write!(
         page,
-        "<section>\n<h2>{}</h2>\n<p>{}</p>\n<figure>\n<svg viewBox=\"0 0 {WIDTH:.0} {:.0}\" role=\"img\" \
+        "<section>\n<h2>{}</h2>\n<p>{}</p>\n<figure>\n<svg viewBox=\"{MARGIN:.0} 0 {:.0} {:.0}\" role=\"img\" \
 aria-label=\"load by layer and expert, entropy by layer; the table below has the numbers\">\n{}</svg>\n</figure>\n",
         escape(&text.origin),
         facts.join("  ·  "),
+        WIDTH - 2.0 * MARGIN,
         chart.height,
         chart.svg,
     );
     table(page, routes, text);
     let _ = write!(
         page,
-        "<p>{} Point at a token for its layers, or go to the text with Tab and through it with the arrow keys.</p>\n\
+        "<p>{} <span class=\"how\" hidden>Point at a token for its layers, or go to the text with Tab and through it with the arrow keys.</span></p>\n\
 <div class=\"tokens\" role=\"group\" aria-label=\"tokens of {}\">\n",
         svg::about_tokens(text),
         escape(&text.origin),
@@ -104,7 +111,7 @@ aria-label=\"load by layer and expert, entropy by layer; the table below has the
 
 /// The numbers of the heat map, for eyes that do not see it.
 fn table(page: &mut String, routes: &Routes, text: &TextRoutes) {
-    *page += "<details>\n<summary>table: load in percent, entropy in nats</summary>\n<div class=\"scroll\"><table>\n<tr><th scope=\"col\">layer</th>";
+    *page += "<details>\n<summary>the same in numbers: load in percent, entropy in nats</summary>\n<div class=\"scroll\"><table>\n<tr><th scope=\"col\">layer</th>";
     for name in &routes.experts {
         let _ = write!(page, "<th scope=\"col\">{}</th>", escape(name));
     }
@@ -118,7 +125,33 @@ fn table(page: &mut String, routes: &Routes, text: &TextRoutes) {
         }
         let _ = writeln!(page, "<td>{entropy:.2}</td></tr>");
     }
-    *page += "</table></div>\n</details>\n";
+    *page += "</table></div>\n";
+    if let (Some(label), false) = (text.label, text.traffic.positions.is_empty()) {
+        positions(page, routes, text, &routes.experts[label.expert]);
+    }
+    *page += "</details>\n";
+}
+
+/// How often the text's own expert was chosen, by position in the window.
+fn positions(page: &mut String, routes: &Routes, text: &TextRoutes, name: &str) {
+    let _ = write!(
+        page,
+        "<p>{} chosen, in percent, by position in the window</p>\n<div class=\"scroll\"><table>\n\
+<tr><th scope=\"col\">position</th><th scope=\"col\">tokens</th><th scope=\"col\">first</th>\
+<th scope=\"col\">in top-{}</th></tr>\n",
+        escape(name),
+        routes.top_k,
+    );
+    for p in &text.traffic.positions {
+        let (first, any) = (percent(p.agreement.first), percent(p.agreement.any));
+        let _ = writeln!(
+            page,
+            "<tr><th scope=\"row\">{}</th><td>{}</td><td>{first}</td><td>{any}</td></tr>",
+            super::range(p.from, p.to),
+            p.tokens
+        );
+    }
+    *page += "</table></div>\n";
 }
 
 fn token(page: &mut String, routes: &Routes, token: &TokenRoutes, depth: usize) {

@@ -123,5 +123,17 @@ fn percent(share: f64) -> String {
     format!("{:.0}", 100.0 * share)
 }
 
+/// `3`, or `4-7`.
+fn range(from: usize, to: usize) -> String {
+    if from == to { from.to_string() } else { format!("{from}-{to}") }
+}
+
+/// Ascending numbers, neighbours together: `0-2, 5`.
+fn ranges(numbers: &[usize]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b);
+    let runs: Vec<String> = runs.map(|r| range(r[0], r[r.len() - 1])).collect();
+    runs.join(", ")
+}
+
 #[cfg(test)]
 mod tests;

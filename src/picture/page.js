@@ -24,6 +24,7 @@
       }
     });
   };
+  document.querySelectorAll(".how").forEach((how) => { how.hidden = false; });
   document.querySelectorAll(".tokens").forEach((box, number) => {
     const text = page.texts[number];
     const tokens = Array.from(box.children);

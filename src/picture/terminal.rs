@@ -4,7 +4,7 @@ use super::charts::token_text;
 use super::colour;
 use super::glyph::{self, Spaces, columns, shortened, visible};
 use super::svg::{facts, largest_load};
-use super::{Routes, TextRoutes, percent};
+use super::{Routes, TextRoutes, percent, range, ranges};
 use crate::render::{Paint, count};
 
 /// Columns that lines may take.
@@ -54,13 +54,18 @@ fn experts(routes: &Routes, text: &TextRoutes) -> String {
     let listed = &order[..order.len().min(LISTED)];
     let names: Vec<String> = listed.iter().map(|&e| label(routes, e)).collect();
     let width = names.iter().map(|n| columns(n)).max().unwrap_or(0);
-    let mut out = format!("  {:width$}   load  first choice  most often second to it\n", "");
+    let mut out =
+        format!("  {:width$}   load  weight  first choice  most often second to it\n", "");
     for (&e, name) in listed.iter().zip(&names) {
         let rival = traffic.rivals[e].map_or("-".into(), |r| {
             format!("{} {} %", shortened(&shown(&routes.experts[r.expert]), 24), percent(r.share))
         });
-        let (load, first) = (percent(traffic.load[e]), percent(traffic.first[e]));
-        out += &format!("  {}  {load:>3} %  {first:>10} %  {rival}\n", padded(name, width));
+        let [load, weight, first] =
+            [&traffic.load, &traffic.weight, &traffic.first].map(|shares| percent(shares[e]));
+        out += &format!(
+            "  {}  {load:>3} %  {weight:>4} %  {first:>10} %  {rival}\n",
+            padded(name, width)
+        );
     }
     if order.len() > LISTED {
         let rest: f64 = order[LISTED..].iter().map(|&e| traffic.load[e]).sum();
@@ -80,8 +85,7 @@ fn positions(routes: &Routes, text: &TextRoutes) -> String {
         let mut rows = ["position", "first", &top_k].map(|r| format!("  {r:10}"));
         let mut done = 0;
         for p in rest {
-            let range =
-                if p.from == p.to { p.to.to_string() } else { format!("{}-{}", p.from, p.to) };
+            let range = range(p.from, p.to);
             let width = range.len().max(3) + 1;
             if rows[0].len() + width > WIDTH {
                 break;
@@ -111,12 +115,12 @@ fn layers(routes: &Routes, text: &TextRoutes) -> String {
     let numbered = count <= NUMBERED;
     let cell = if numbered {
         5
-    } else if count <= 22 {
+    } else if count <= 20 {
         2
     } else {
         1
     };
-    let panel = 46 / cell;
+    let panel = 40 / cell;
     let mut out = format!("\n  load by layer and expert, a full block is {} %\n", percent(largest));
     let poor = routes.chance_layers();
     for from in (0..count).step_by(panel) {
@@ -262,9 +266,9 @@ fn verdict(routes: &Routes) -> String {
             w = top_k.len() - 2,
         );
     }
-    let poor: Vec<String> = routes.chance_layers().iter().map(usize::to_string).collect();
+    let poor = ranges(&routes.chance_layers());
     if !poor.is_empty() {
-        out += &format!("  ! no better than chance: layers {}\n", poor.join(", "));
+        out += &format!("  ! no better than chance: layers {poor}\n");
     }
     out
 }

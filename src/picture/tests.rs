@@ -30,7 +30,14 @@ fn routes(layers: usize, experts: usize, texts: &[&str]) -> Routes {
                 row[b] += 0.3;
                 let ids = [a as u32, b as u32];
                 let probabilities = &row;
-                let choices = Choices { experts, top_k: 2, ids: &ids, probabilities, position: i };
+                let choices = Choices {
+                    experts,
+                    top_k: 2,
+                    ids: &ids,
+                    weights: &[0.667, 0.333],
+                    probabilities,
+                    position: i,
+                };
                 traffic.add(layer, choices);
                 token.layers.push(vec![(ids[0], 0.667), (ids[1], 0.333)]);
             }
@@ -137,6 +144,12 @@ fn a_page_needs_nothing_else_and_keeps_text_as_text() {
     assert_eq!(data["experts"][8], "<e8>");
     let boxes = page.matches("<span><b class=\"e").count();
     assert_eq!(boxes, 2 * tokens);
+}
+
+#[test]
+fn layers_are_named_briefly() {
+    assert_eq!(ranges(&[]), "");
+    assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
 }
 
 #[test]

@@ -26,6 +26,7 @@ fn text(routes: &Routes, text: &TextRoutes, tokens: bool) -> Value {
             "layer": l.layer,
             "load": l.load,
             "top1": l.first,
+            "weight": l.weight,
             "entropy": l.entropy,
             "agreement": l.agreement.map(agreement),
         })
@@ -47,6 +48,7 @@ fn text(routes: &Routes, text: &TextRoutes, tokens: bool) -> Value {
         "label_from": text.label.map(|l| l.from.name()),
         "load": traffic.load,
         "top1": traffic.first,
+        "weight": traffic.weight,
         "entropy": traffic.entropy,
         "rivals": traffic.rivals.iter().map(|r| r.map(|r| rival(routes, r))).collect::<Vec<_>>(),
         "agreement": traffic.agreement.map(agreement),

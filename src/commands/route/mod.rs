@@ -214,6 +214,7 @@ fn trace_all(
                 experts: seen.experts,
                 top_k: routing.top_k,
                 ids: &routing.ids,
+                weights: &routing.weights,
                 probabilities: seen.probabilities,
                 position: 0,
             },
