@@ -201,7 +201,7 @@ pub struct RouteArgs {
     #[arg(long, value_name = "N")]
     pub show: Option<usize>,
     /// With `--json`, list every token with its experts and weights
-    #[arg(long)]
+    #[arg(long, requires = "json")]
     pub tokens: bool,
 }
 

@@ -178,6 +178,7 @@ fn what_cannot_be_traced_is_explained() {
     run(&["route", &q.moe, "--prompt", "x", "-q", "--svg", &nowhere])
         .fails(3, &["writing failed", &nowhere]);
     assert_eq!(run(&["route", &q.moe]).code, 2);
+    run(&["route", &q.moe, "--prompt", "x", "--tokens"]).fails(2, &["--json"]);
 }
 
 #[test]

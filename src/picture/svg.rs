@@ -1,7 +1,7 @@
 //! One SVG file: for each text the layers, then the tokens.
 
 use super::charts::{self, Anchor, MARGIN, Part, WIDTH};
-use super::glyph::shortened;
+use super::glyph::{PART, shortened};
 use super::{Routes, TextRoutes, percent};
 
 /// Inks and sizes. Fonts that every system has something for; lengths of token texts are fixed, so the font matters little.
@@ -78,6 +78,9 @@ pub fn about_tokens(text: &TextRoutes) -> String {
             crate::render::count(text.tokens.len()),
             crate::render::count(left_out)
         );
+    }
+    if text.tokens.iter().any(|t| t.text.is_empty()) {
+        about += &format!(" {PART} is a token that holds only a part of a character.");
     }
     about
 }

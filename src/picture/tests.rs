@@ -121,6 +121,9 @@ fn svg_is_well_formed_whatever_the_text_holds() {
         well_formed(&svg);
         assert!(svg.contains("&lt;b&gt;bold&lt;/b&gt;·") && svg.contains("␛[31m·"), "{svg}");
     }
+    let mut part = routes(2, 3, &["漢 x"]);
+    part.texts[0].tokens[0].text.clear();
+    assert!(svg::render(&part).contains("⋯ is a token that holds only a part"));
     let mut empty = routes(2, 3, &["x"]);
     empty.texts[0].tokens.clear();
     well_formed(&svg::render(&empty));

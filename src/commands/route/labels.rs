@@ -3,7 +3,8 @@
 use crate::args::RouteArgs;
 use crate::picture::{Label, LabelFrom, Routes};
 
-use super::{RouteError, Text};
+use super::Text;
+use super::error::RouteError;
 
 /// Labels that were given, else those that file names tell.
 pub fn of(
