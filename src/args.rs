@@ -95,6 +95,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Continue a text, or answer a message
     Generate(GenerateArgs),
+    /// Show which experts each token of a text visits, in every MoE layer
+    Route(RouteArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -169,6 +171,38 @@ pub struct GenerateArgs {
     /// Go on after end-of-text tokens, for timing
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+/// Arguments of `route`.
+#[derive(Debug, Args)]
+pub struct RouteArgs {
+    /// Mixture-of-experts model: folder or Hub name
+    pub path: String,
+    /// Text files, in UTF-8
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "prompt")]
+    pub text: Vec<PathBuf>,
+    /// Texts, here on the command line
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
+    pub prompt: Vec<String>,
+    /// The expert that each text belongs to, files before prompts: names or numbers, `-` for none (without this, an
+    /// expert's name in the name of a file)
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub labels: Vec<String>,
+    /// Picture to write
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Page to write: all figures, and the layers of each token on hover
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Tokens the model sees at once, the beginning-of-text token included (512 by default, or the context if shorter)
+    #[arg(long, value_name = "N")]
+    pub window: Option<usize>,
+    /// Most tokens of each text to draw (600 in pictures, 120 in the terminal); figures are over all
+    #[arg(long, value_name = "N")]
+    pub show: Option<usize>,
+    /// With `--json`, list every token with its experts and weights
+    #[arg(long, requires = "json")]
+    pub tokens: bool,
 }
 
 #[cfg(test)]

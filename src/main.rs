@@ -5,6 +5,7 @@
 mod args;
 mod commands;
 mod exit;
+mod picture;
 mod progress;
 mod render;
 

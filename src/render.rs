@@ -61,6 +61,12 @@ impl Paint {
         if std::io::stderr().is_terminal() && !refused { Self::Colour } else { Self::Plain }
     }
 
+    /// Colours if stdout is a terminal and `NO_COLOR` is not set.
+    pub fn for_stdout() -> Self {
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+        if std::io::stdout().is_terminal() && !refused { Self::Colour } else { Self::Plain }
+    }
+
     fn label(self, text: &str, colour: u8) -> String {
         match self {
             Self::Colour => format!("\u{1b}[1;{colour}m{text}\u{1b}[0m"),

@@ -23,6 +23,14 @@ pub enum ModelError {
     /// Weights are missing, misshapen or unreadable.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A model without MoE layers, where routers were asked for.
+    #[error("the model is dense: it has no routers")]
+    NoRouters {
+        /// The model.
+        path: PathBuf,
+        /// Its family.
+        family: &'static str,
+    },
     /// More tokens than the model or the cache holds.
     #[error("{tokens} tokens do not fit into {what} of {limit}")]
     TooLong {
@@ -65,7 +73,7 @@ impl Explain for ModelError {
     fn kind(&self) -> Kind {
         match self {
             Self::Checkpoint(e) => e.kind(),
-            Self::TooLong { .. } | Self::Token { .. } => Kind::Usage,
+            Self::NoRouters { .. } | Self::TooLong { .. } | Self::Token { .. } => Kind::Usage,
             _ => Kind::Input,
         }
     }
@@ -79,6 +87,11 @@ impl Explain for ModelError {
                 ("found", found.clone()),
             ],
             Self::Checkpoint(e) => e.fields(),
+            Self::NoRouters { path, family } => vec![
+                ("path", path.display().to_string()),
+                ("expected", "a mixture-of-experts model".into()),
+                ("found", format!("family `{family}`, no MoE layer")),
+            ],
             Self::TooLong { tokens, limit, .. } => vec![
                 ("expected", format!("at most {limit} tokens")),
                 ("found", format!("{tokens} tokens")),
@@ -93,6 +106,9 @@ impl Explain for ModelError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Checkpoint(e) => e.hint(),
+            Self::NoRouters { .. } => {
+                Some("`moe-merge RECIPE.yaml` builds a MoE from dense models".into())
+            }
             Self::TooLong { what: "the context", .. } => {
                 Some("shorten the text, or take a smaller window".into())
             }

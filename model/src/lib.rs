@@ -33,6 +33,7 @@ pub mod spec;
 pub mod streamed;
 mod text_error;
 pub mod tokenizer;
+pub mod trace;
 pub mod verify;
 mod weights;
 
@@ -40,7 +41,7 @@ pub use cache::Cache;
 pub use chat::ChatTemplate;
 pub use error::ModelError;
 pub use families::{FAMILIES, Family, family_of};
-pub use model::{LayerRouting, LogitRows, Model};
+pub use model::{LogitRows, Model};
 pub use probe::{LayerProbe, probe};
 pub use sample::{sample_texts, self_text_starts};
 pub use sampler::{Sampler, Sampling};

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{RopeSpec, RopeTable, Routing};
+use moe_merge_kernels::{RopeSpec, RopeTable};
 
 use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
@@ -30,17 +30,6 @@ pub struct Model {
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: FrozenLinear,
-}
-
-/// The experts that the tokens of a pass visited in one layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerRouting {
-    /// The layer.
-    pub layer: usize,
-    /// Experts there are in it.
-    pub experts: usize,
-    /// Ids and weights.
-    pub routing: Routing,
 }
 
 impl Model {
@@ -139,44 +128,24 @@ impl Model {
     /// As [`Model::forward`].
     pub fn hidden_states(&self, tokens: &[u32]) -> Result<(Vec<Vec<f32>>, Vec<f32>), ModelError> {
         let mut states = Vec::new();
-        let x = self.whole(tokens, |x, _| states.push(x.clone()))?;
+        let x = self.whole(tokens, |x| states.push(x.clone()))?;
         let last = self.norm.forward(&x)?;
         let logits = self.logits(&last)?;
         states.push(last);
         Ok((states.iter().map(to_vec).collect::<Result<_, _>>()?, logits))
     }
 
-    /// The experts that each of `tokens` visits, for every MoE layer.
-    ///
-    /// # Errors
-    /// As [`Model::forward`].
-    pub fn routing(&self, tokens: &[u32]) -> Result<Vec<LayerRouting>, ModelError> {
-        let mut list = Vec::new();
-        self.whole(tokens, |_, routing| list.extend(routing))?;
-        Ok(list)
-    }
-
-    /// One sequence through all layers; `see` gets the stream before each layer and the routing in it.
-    fn whole(
-        &self,
-        tokens: &[u32],
-        mut see: impl FnMut(&Tensor, Option<LayerRouting>),
-    ) -> Result<Tensor, ModelError> {
+    /// One sequence through all layers; `see` gets the stream before each layer.
+    fn whole(&self, tokens: &[u32], mut see: impl FnMut(&Tensor)) -> Result<Tensor, ModelError> {
         check_length(&self.spec, tokens.len())?;
         let sequences = [Range { start: 0, end: tokens.len() }];
         let positions: Vec<u32> = (0..tokens.len() as u32).collect();
         let mut tables = Tables::new(&positions);
         let mut x = embed(&self.spec, &self.embedding, tokens)?;
-        for (l, layer) in self.layers.iter().enumerate() {
+        for layer in &self.layers {
+            see(&x);
             let table = tables.of(layer.rope());
-            let passed = layer.forward(&self.spec, &x, table, Past::None(&sequences))?;
-            let routing = passed.routing.map(|routing| LayerRouting {
-                layer: l,
-                experts: layer.experts(),
-                routing,
-            });
-            see(&x, routing);
-            x = passed.stream;
+            x = layer.forward(&self.spec, &x, table, Past::None(&sequences))?.stream;
         }
         Ok(x)
     }

@@ -72,6 +72,19 @@ impl Windows {
         Ok(windows)
     }
 
+    /// Whether a window fits into a context of so many tokens.
+    pub(crate) fn check_context(self, context: usize) -> Result<(), TextError> {
+        if self.window <= context {
+            return Ok(());
+        }
+        Err(TextError::TooLong {
+            what: "window",
+            context,
+            found: self.window,
+            hint: format!("`--window {context}` is the most this model can see at once"),
+        })
+    }
+
     /// The windows of a text, which has at least one token to score.
     pub(crate) fn cut_text(
         self,
@@ -152,15 +165,7 @@ pub fn perplexity_of_tokens(
     windows: Windows,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, TextError> {
-    let context = model.spec().max_positions;
-    if windows.window > context {
-        return Err(TextError::TooLong {
-            what: "window",
-            context,
-            found: windows.window,
-            hint: format!("`--window {context}` is the most this model can see at once"),
-        });
-    }
+    windows.check_context(model.spec().max_positions)?;
     let vocab = model.spec().vocab;
     let mut logits = |window: &[u32]| {
         let mut cache = Cache::new(model, window.len());

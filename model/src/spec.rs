@@ -219,6 +219,14 @@ impl Attention {
 pub type NamedShape = (String, Vec<usize>);
 
 impl Spec {
+    /// Layers with routed experts, by number.
+    pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeMlp)> {
+        self.layers.iter().enumerate().filter_map(|(l, layer)| match &layer.mlp {
+            Mlp::Moe(moe) => Some((l, moe)),
+            Mlp::Dense(_) => None,
+        })
+    }
+
     /// Every tensor that must be there, in the order of the model, under its name on the Hub.
     ///
     /// The head of a tied model is not among them: see [`Spec::optional_tensors`].

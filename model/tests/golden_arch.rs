@@ -138,14 +138,60 @@ fn a_missing_and_a_misshapen_tensor_are_named() {
 }
 
 #[test]
-fn routing_covers_every_token() {
-    let Some(folder) = moe_merge_testkit::shared("golden/arch/qwen2_moe_mixed") else { return };
-    let model = Model::open(&source(&folder)).unwrap();
-    let routing = model.routing(&[1, 5, 7, 9]).unwrap();
-    assert_eq!(routing.len(), 1);
-    assert_eq!((routing[0].layer, routing[0].experts), (1, 4));
-    assert_eq!(routing[0].routing.ids.len(), 8);
-    for pair in routing[0].routing.weights.chunks(2) {
-        assert!((pair[0] + pair[1] - 1.0).abs() < 1e-5 && pair[0] >= pair[1]);
+fn the_trace_is_what_the_layers_do() {
+    use moe_merge_model::perplexity::Windows;
+    use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
+    struct Routed(Vec<(usize, Vec<u32>, Vec<f32>)>);
+    impl Watcher for Routed {
+        fn advance(&mut self, _: usize) {}
+        fn routed(&mut self, w: WindowRouting<'_>) {
+            let from = w.skip * w.routing.top_k;
+            let (ids, weights) = (&w.routing.ids[from..], &w.routing.weights[from..]);
+            self.0.push((w.text, ids.to_vec(), weights.to_vec()));
+        }
+        fn go_on(&mut self) -> Result<(), ModelError> {
+            Ok(())
+        }
     }
+    for (name, layers) in [("qwen2_moe_mixed", 1), ("mixtral", 2), ("deepseek_v2", 1)] {
+        let Some(folder) = moe_merge_testkit::shared(&format!("golden/arch/{name}")) else {
+            return;
+        };
+        let source = source(&folder);
+        let texts = [[1, 5, 7, 9, 2, 8, 3].as_slice(), &[4, 4, 6]];
+        let texts = texts.map(|tokens| TokenText { tokens, origin: "t" });
+        let mut passed = Routed(Vec::new());
+        let windows = Windows { window: 5, stride: None };
+        perplexities(&source, &texts, Some(1), windows, &mut passed).unwrap();
+        let (mut at, mut starts, mut seen) = (0, Vec::new(), std::collections::BTreeSet::new());
+        moe_merge_model::trace::trace(&source, &texts, Some(1), 5, &mut |w| {
+            let (text, ids, weights) = &passed.0[at];
+            assert_eq!((w.text, &w.routing.ids), (*text, ids), "{name}");
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs();
+            assert!(w.routing.weights.iter().zip(weights).all(close), "{name}");
+            for (row, best) in
+                w.probabilities.chunks(w.experts).zip(ids.chunks(w.routing.top_k).map(|c| c[0]))
+            {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{name}: {row:?}");
+                assert!(row.iter().all(|p| *p <= row[best as usize]), "{name}: {row:?}, {best}");
+            }
+            at += 1;
+            seen.insert(w.layer);
+            starts.push((w.text, w.start));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!((at, seen.len()), (passed.0.len(), layers), "{name}");
+        assert_eq!(starts[..3], [(0, 0), (0, 4), (1, 0)], "{name}");
+    }
+}
+
+#[test]
+fn a_dense_model_has_nothing_to_trace() {
+    let Some(folder) = moe_merge_testkit::shared("golden/arch/llama") else { return };
+    let text = moe_merge_model::streamed::TokenText { tokens: &[1], origin: "t" };
+    let mut never = |_: moe_merge_model::trace::TracedWindow<'_>| panic!("no routers");
+    let error =
+        moe_merge_model::trace::trace(&source(&folder), &[text], None, 8, &mut never).unwrap_err();
+    assert!(error.to_string().contains("no routers"), "{error}");
 }

@@ -26,6 +26,7 @@ mod registry;
 pub mod report;
 mod samples;
 mod span;
+pub mod traffic;
 
 pub use error::{RouterError, UnknownEstimator};
 pub use estimators::ExpertPrompts;

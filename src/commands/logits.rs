@@ -52,7 +52,7 @@ fn le(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Writes `[tokens, width]` tensors beside their place, then renames, so that no half file is left.
+/// Writes `[tokens, width]` tensors.
 fn write(
     path: &Path,
     tokens: usize,
@@ -73,13 +73,5 @@ fn write(
         views.push((name.as_str(), view));
     }
     let bytes = safetensors::serialize(views, None).map_err(|e| malformed(e.to_string()))?;
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".part");
-    let beside = Path::new(&beside);
-    let io = |e: std::io::Error| CheckpointError::io("writing", path, e);
-    let written = std::fs::write(beside, &bytes).and_then(|()| std::fs::rename(beside, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(beside);
-    }
-    Ok(written.map_err(io)?)
+    super::write_beside(path, &bytes)
 }

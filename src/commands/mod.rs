@@ -6,9 +6,12 @@ mod generate;
 mod inspect;
 mod logits;
 mod perplexity;
+mod route;
 mod verify;
 
-use moe_merge_checkpoint::Source;
+use std::path::Path;
+
+use moe_merge_checkpoint::{CheckpointError, Source};
 
 use crate::args::{Command, Common};
 use crate::exit::Outcome;
@@ -27,6 +30,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Logits(args) => logits::run(args, common),
         Command::Perplexity(args) => perplexity::run(args, common),
         Command::Generate(args) => generate::run(args, common),
+        Command::Route(args) => route::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }
@@ -34,9 +38,34 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
 
 /// Opens the model that was named on the command line, and tells what should be known about it.
 fn open(path: &str, common: &Common) -> Result<Source, Failure> {
-    let source = Source::open(&path.parse()?, std::path::Path::new("."))?;
+    let source = Source::open(&path.parse()?, Path::new("."))?;
     if !common.quiet && !common.json {
         source.notes.iter().for_each(|n| render::note(n));
     }
     Ok(source)
+}
+
+/// A text file.
+fn read_text(path: &Path) -> Result<String, Failure> {
+    let bytes = std::fs::read(path).map_err(|e| CheckpointError::io("reading", path, e))?;
+    Ok(String::from_utf8(bytes).map_err(|e| CheckpointError::Malformed {
+        what: "text is not UTF-8".into(),
+        file: path.to_owned(),
+        tensor: None,
+        expected: "text in UTF-8".into(),
+        found: format!("byte {} is not part of a character", e.utf8_error().valid_up_to()),
+        hint: Some("convert it, for example with `iconv -t UTF-8`".into()),
+    })?)
+}
+
+/// Writes a file beside its place, then renames, so that no half file is left.
+fn write_beside(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".part");
+    let beside = Path::new(&beside);
+    let written = std::fs::write(beside, bytes).and_then(|()| std::fs::rename(beside, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(beside);
+    }
+    Ok(written.map_err(|e| CheckpointError::io("writing", path, e))?)
 }

@@ -1,10 +1,7 @@
 //! `perplexity PATH --text FILE...`: how well a model predicts texts.
 
-use std::path::Path;
-
 use serde_json::json;
 
-use moe_merge_checkpoint::CheckpointError;
 use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows, perplexity};
 use moe_merge_model::{Model, Tokenizer};
 
@@ -16,7 +13,8 @@ use crate::render::{self, Failure};
 /// Measures each text.
 pub fn run(args: &PerplexityArgs, common: &Common) -> Result<Outcome, Failure> {
     // All texts first: a wrong path should not be told after minutes of work.
-    let texts: Vec<String> = args.text.iter().map(|p| read(p)).collect::<Result<_, _>>()?;
+    let texts: Vec<String> =
+        args.text.iter().map(|p| super::read_text(p)).collect::<Result<_, _>>()?;
     let source = super::open(&args.path, common)?;
     let tokenizer = Tokenizer::from_source(&source)?;
     let model = Model::open(&source)?;
@@ -59,17 +57,4 @@ pub fn run(args: &PerplexityArgs, common: &Common) -> Result<Outcome, Failure> {
         render::out(&text)?;
     }
     Ok(Outcome::Done)
-}
-
-/// A text file.
-fn read(path: &Path) -> Result<String, Failure> {
-    let bytes = std::fs::read(path).map_err(|e| CheckpointError::io("reading", path, e))?;
-    Ok(String::from_utf8(bytes).map_err(|e| CheckpointError::Malformed {
-        what: "text is not UTF-8".into(),
-        file: path.to_owned(),
-        tensor: None,
-        expected: "text in UTF-8".into(),
-        found: format!("byte {} is not part of a character", e.utf8_error().valid_up_to()),
-        hint: Some("convert it, for example with `iconv -t UTF-8`".into()),
-    })?)
 }
