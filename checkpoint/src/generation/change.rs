@@ -46,7 +46,10 @@ pub(super) fn make(
     let untidy = next.pending.run(folder)?;
     let parent = state.manifest.generation;
     let notes = untidy.map(|e| {
-        format!("generation {} is live, but not all is tidied up: {e}; the next change does it", parent + 1)
+        format!(
+            "generation {} is live, but not all is tidied up: {e}; the next change does it",
+            parent + 1
+        )
     });
     Ok(Generation {
         number: parent + 1,
@@ -76,9 +79,12 @@ fn replacements(
             let whole = state.tensor(&shard, &stored).is_some_and(|t| t.shape == old.shape());
             if !whole {
                 return Err(CheckpointError::Unsupported {
-                    what: format!("`{name}` is a part of the fused tensor `{stored}`, which cannot be changed in place"),
+                    what: format!(
+                        "`{name}` is a part of the fused tensor `{stored}`, which cannot be changed in place"
+                    ),
                     file,
-                    hint: "write the model again in the hub layout, one tensor for each expert".into(),
+                    hint: "write the model again in the hub layout, one tensor for each expert"
+                        .into(),
                 });
             }
             if !seen.insert(stored.clone()) {
@@ -91,8 +97,7 @@ fn replacements(
                     hint: None,
                 });
             }
-            let tensor =
-                OutTensor { name: stored, weight: weight.clone(), dtype: old.dtype() };
+            let tensor = OutTensor { name: stored, weight: weight.clone(), dtype: old.dtype() };
             groups.entry(role.clone()).or_default().push(tensor);
         }
     }
@@ -114,16 +119,16 @@ fn shard_plans(
     let mut groups: Vec<(String, Vec<OutTensor>)> = groups.into_iter().collect();
     for (role, tensors) in &mut groups {
         let own = [format!("model-{role}-"), format!("_{role}-")];
-        let own = |shard: &str| shard.contains(&own[1]) || shard.trim_start_matches('~').starts_with(&own[0]);
+        let own = |shard: &str| {
+            shard.contains(&own[1]) || shard.trim_start_matches('~').starts_with(&own[0])
+        };
         let touched: BTreeSet<&String> =
             tensors.iter().filter_map(|t| state.weight_map.get(&t.name)).collect();
         for shard in touched.into_iter().filter(|s| own(s)) {
             let mut weights = state::weights_of(&folder.join(shard))?;
-            let stays = |name: &str| {
-                state.weight_map.get(name) == Some(shard) && !replaced.contains(name)
-            };
-            let rest: Vec<&String> =
-                state.weight_map.keys().filter(|name| stays(name)).collect();
+            let stays =
+                |name: &str| state.weight_map.get(name) == Some(shard) && !replaced.contains(name);
+            let rest: Vec<&String> = state.weight_map.keys().filter(|name| stays(name)).collect();
             if rest.iter().any(|name| !weights.contains_key(*name)) {
                 continue;
             }
@@ -200,7 +205,8 @@ impl Next {
         let mut weight_map = state.weight_map.clone();
         let (mut added, mut tensors, mut bytes_written) = (Vec::new(), Vec::new(), 0);
         for shard in written {
-            let same = state.record(&shard.file.name).is_some_and(|r| r.blake3 == shard.file.blake3);
+            let same =
+                state.record(&shard.file.name).is_some_and(|r| r.blake3 == shard.file.blake3);
             if !same {
                 free_name(folder, &mut shard.file)?;
                 pending.place.push(shard.file.name.clone());
@@ -235,8 +241,7 @@ impl Next {
         added.push(record);
         let used: BTreeSet<&String> = weight_map.values().collect();
         let gone = |name: &String| {
-            name == INDEX_NAME
-                || (state.shards.contains_key(name) && !used.contains(name))
+            name == INDEX_NAME || (state.shards.contains_key(name) && !used.contains(name))
         };
         let old = state.manifest.files.iter();
         let (removed, kept): (Vec<_>, Vec<_>) = old.cloned().partition(|f| gone(&f.name));

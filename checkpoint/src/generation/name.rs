@@ -26,7 +26,9 @@ pub(super) fn stem(role: &str, stale: &[&str]) -> Result<String, CheckpointError
         CheckpointError::Unsupported {
             what: "no name for a new shard comes after those of the old ones".into(),
             file: stale.first().copied().unwrap_or_default().into(),
-            hint: "save the model again with ordinary shard names: `model-00001-of-00002.safetensors`".into(),
+            hint:
+                "save the model again with ordinary shard names: `model-00001-of-00002.safetensors`"
+                    .into(),
         }
     })
 }
@@ -73,13 +75,19 @@ mod tests {
     fn new_names_come_last() {
         for (stale, expected) in [
             (vec![], "model-router"),
-            (vec!["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "model-router"),
+            (
+                vec!["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+                "model-router",
+            ),
             (vec!["model-base-12345678.safetensors"], "model-router"),
             (vec!["1.safetensors"], "model-router"),
             (vec!["model.safetensors"], "model_router"),
             (vec!["model-shared-12345678.safetensors"], "model-shared-12345678_router"),
             (
-                vec!["pytorch_model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.safetensors"],
+                vec![
+                    "pytorch_model-00001-of-00002.safetensors",
+                    "pytorch_model-00002-of-00002.safetensors",
+                ],
                 "pytorch_model-00002-of-00002_router",
             ),
             // By bytes `s-9` is the last, by numbers `s-10`.

@@ -61,7 +61,8 @@ pub(super) fn changeable(folder: &Path) -> Result<PathBuf, CheckpointError> {
     }
     crate::folder::config(&path)?;
     let mut parents = path.ancestors().skip(1).filter_map(|p| p.file_name()?.to_str());
-    if parents.next() == Some("snapshots") && parents.next().is_some_and(|n| n.starts_with("models--"))
+    if parents.next() == Some("snapshots")
+        && parents.next().is_some_and(|n| n.starts_with("models--"))
     {
         return Err(unsupported(
             "a model in the Hub cache is not changed in place",
@@ -119,16 +120,7 @@ impl State {
             Some(known) => known,
             None => import(folder, &source, &shards, interrupt)?,
         };
-        Ok(Self {
-            source,
-            shards,
-            weight_map,
-            metadata,
-            single,
-            manifest,
-            manifest_text,
-            journal,
-        })
+        Ok(Self { source, shards, weight_map, metadata, single, manifest, manifest_text, journal })
     }
 
     /// The record of a file in the manifest.
@@ -160,7 +152,8 @@ fn no_links(folder: &Path, files: &[PathBuf]) -> Result<(), CheckpointError> {
         Some(link) => Err(CheckpointError::Unsupported {
             what: "a model whose files are links is not changed in place".into(),
             file: link.clone(),
-            hint: "copy the folder first, with what the links point at: `cp -rL FOLDER COPY`".into(),
+            hint: "copy the folder first, with what the links point at: `cp -rL FOLDER COPY`"
+                .into(),
         }),
     }
 }
