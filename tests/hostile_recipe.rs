@@ -44,7 +44,7 @@ fn too_few_experts() {
 
 #[test]
 fn empty_prompts() {
-    let auto = || Build::new().with("gate_mode: random", "gate_mode: auto");
+    let auto = || Build::new().with("gate_mode: random", "gate_mode: hidden");
     let prompt = "[\"the mill seemed gentle when the bells rang\"]";
     let place = "recipe.yaml:4:";
     auto().with(prompt, "[]").refused(2, &["no prompts", "recipe.yaml:3:5", "experts[0]"]);

@@ -19,7 +19,7 @@ use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
-    Architecture, Attention, DenseRecipe, Expert, GateMode, MoeRecipe, RecipeErrors, SourceSpec,
+    Architecture, Attention, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
 };
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
@@ -112,6 +112,7 @@ pub struct Prepared {
     domains: Vec<Domain>,
     origins: Origins,
     bos: bool,
+    notes: Vec<String>,
     target: PathBuf,
     provenance: Provenance,
     options: BuildOptions,
@@ -171,7 +172,7 @@ impl Prepared {
         let estimator = moe_merge_router::find(recipe.gate_mode.name())
             .map_err(|e| recipe.place.error(e.to_string()))
             .map_err(|e| RecipeErrors(vec![e]))?;
-        let prompted = recipe.shared_experts.iter().any(|e| !e.positive_prompts.is_empty());
+        let prompted = recipe.shared_experts.iter().any(Expert::has_prompts);
         let drawn = matches!(estimator.method, Method::Seed(_));
         let wanted: Vec<&str> = recipe.architecture.iter().map(|a| a.name()).collect();
         let select = |shared_gate| {
@@ -217,6 +218,7 @@ impl Prepared {
             experts: prompts.experts,
             shared: prompts.shared,
             bos: prompts.bos,
+            notes: prompts.notes,
             plain_base,
             same_as_base: recipe.experts.iter().map(|e| unchanged(e, base)).collect(),
             domains: Domain::read_all(&recipe.evaluation)?,
@@ -304,6 +306,7 @@ impl Prepared {
         seconds.evaluate = clock.elapsed().as_secs_f64();
 
         let mut warnings = std::mem::take(&mut self.plan.warnings);
+        warnings.extend(std::mem::take(&mut self.notes));
         warnings.extend(routers.notes);
         warnings.extend(degenerate_line(&routers.degenerate));
         Ok(BuildReport {
@@ -376,7 +379,11 @@ impl Prepared {
 /// Whether mergekit-moe would read the recipe, too.
 fn dialect(recipe: &MoeRecipe) -> Dialect {
     let experts = recipe.experts.iter().chain(&recipe.shared_experts);
-    let ours = matches!(recipe.gate_mode, GateMode::Auto | GateMode::Logistic)
+    let ours = recipe.gate_mode.learned()
+        || recipe.self_text.is_some()
+        || recipe.generalist.is_some()
+        || recipe.sequential.is_some()
+        || recipe.prompt_tokens.is_some()
         || !matches!(recipe.attention, Attention::Base)
         || matches!(
             recipe.architecture[..],
@@ -386,7 +393,7 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
         || recipe.output.is_some()
         || recipe.seed != 0
         || !recipe.evaluation.is_empty()
-        || experts.into_iter().any(|e| e.name.is_some() || e.layers.is_some());
+        || experts.into_iter().any(|e| e.name.is_some() || e.layers.is_some() || !e.prompts_files.is_empty());
     if ours { Dialect::Own } else { Dialect::MergekitMoe }
 }
 

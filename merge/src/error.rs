@@ -4,6 +4,7 @@ use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 use moe_merge_model::{ModelError, TextError};
 use moe_merge_router::RouterError;
 
+use crate::documents::DocumentError;
 use crate::recipe::{Place, RecipeErrors};
 
 /// An error of planning, merging or writing.
@@ -21,6 +22,9 @@ pub enum MergeError {
     /// Text that cannot be tokenised, or a tokenizer that cannot be read.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// A file of prompts.
+    #[error(transparent)]
+    Documents(#[from] DocumentError),
     /// No gate can be made from the prompts.
     #[error("no router can be made for layer {layer}: {source}")]
     Router {
@@ -88,6 +92,7 @@ impl Explain for MergeError {
             Self::Checkpoint(e) => e.kind(),
             Self::Model(e) => e.kind(),
             Self::Text(e) => e.kind(),
+            Self::Documents(e) => e.kind(),
             Self::Router { .. } => Kind::Usage,
             Self::Incompatible { .. } => Kind::Usage,
             Self::At { error, .. } => error.kind(),
@@ -100,6 +105,7 @@ impl Explain for MergeError {
             Self::Checkpoint(e) => e.fields(),
             Self::Model(e) => e.fields(),
             Self::Text(e) => e.fields(),
+            Self::Documents(e) => e.fields(),
             Self::Router { .. } => Vec::new(),
             Self::Incompatible { first, second, expected, found, recipe, .. } => {
                 let alone = second.starts_with("output family");
@@ -124,6 +130,7 @@ impl Explain for MergeError {
             Self::Checkpoint(e) => e.hint(),
             Self::Model(e) => e.hint(),
             Self::Text(e) => e.hint(),
+            Self::Documents(e) => e.hint(),
             Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
             Self::At { error, .. } => error.hint(),

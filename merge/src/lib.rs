@@ -22,6 +22,7 @@ pub mod card;
 mod compose;
 pub mod config_out;
 mod dense;
+pub mod documents;
 mod error;
 pub mod evaluate;
 pub mod families;

@@ -4,6 +4,7 @@ use moe_merge_checkpoint::Source;
 use moe_merge_model::Tokenizer;
 use moe_merge_router::Method;
 
+use crate::documents::{self, Cutting, DEFAULT_PROMPT_TOKENS, Encoder};
 use crate::error::MergeError;
 use crate::families::SharedGate;
 use crate::gates::TokenPrompts;
@@ -59,64 +60,90 @@ pub(crate) fn check_tokenizers(
 
 /// The prompts of a recipe as token ids.
 pub(crate) struct Prompts {
-    /// Of the routed experts.
+    /// Of the routed experts; those without prompts have none here either.
     pub experts: Vec<TokenPrompts>,
     /// Of the shared experts, if they have a gate.
     pub shared: Vec<TokenPrompts>,
     /// Whether each begins with bos.
     pub bos: bool,
+    /// What was cut or left out, in words.
+    pub notes: Vec<String>,
 }
 
 impl Prompts {
+    /// Prompts in the recipe are used whole. Documents of files follow: whole for mergekit's modes, as many tokens as
+    /// `prompt_tokens` leaves room for otherwise.
     pub fn encode(
         recipe: &MoeRecipe,
         method: Method,
         shared_gate: SharedGate,
         mut tokenizer: Tokenizers<'_>,
     ) -> Result<Self, MergeError> {
+        let shared_experts = match shared_gate {
+            SharedGate::Computed => recipe.shared_experts.as_slice(),
+            SharedGate::Absent => &[],
+        };
         if matches!(method, Method::Seed(_)) {
             // Only the number of experts counts.
             let none = |n| vec![TokenPrompts::default(); n];
-            let shared =
-                if shared_gate == SharedGate::Computed { recipe.shared_experts.len() } else { 0 };
-            return Ok(Self {
-                experts: none(recipe.experts.len()),
-                shared: none(shared),
-                bos: false,
-            });
+            let (experts, shared) = (none(recipe.experts.len()), none(shared_experts.len()));
+            return Ok(Self { experts, shared, bos: false, notes: Vec::new() });
         }
-        let context = tokenizer.base.config.usize("max_position_embeddings").unwrap_or(usize::MAX);
-        let tokenizer = tokenizer.get()?;
-        let bos = tokenizer.bos();
-        let tokens = |text: &String, place: &Place, which: &str, i: usize| {
-            let ids: Vec<u32> = bos.into_iter().chain(tokenizer.encode(text)?).collect();
-            if ids.len() <= context {
-                return Ok(ids);
+        let opened = tokenizer.get()?.clone();
+        let encoder = Encoder::with(tokenizer.base, opened);
+        let whole = matches!(method, Method::Streams(_) | Method::Embeddings(_));
+        let budget = recipe.prompt_tokens.unwrap_or(DEFAULT_PROMPT_TOKENS);
+        let mut notes = Vec::new();
+        let mut of = |expert: &Expert| -> Result<TokenPrompts, MergeError> {
+            let place = &expert.place;
+            let mut positive =
+                inline(&encoder, &expert.positive_prompts, place, "positive_prompts")?;
+            let negative = inline(&encoder, &expert.negative_prompts, place, "negative_prompts")?;
+            let bos = usize::from(encoder.tokenizer().bos().is_some());
+            let used: usize = positive.iter().map(|p| p.len() - bos).sum();
+            for file in &expert.prompts_files {
+                notes.extend(documents::empty_note(&file.path, file.empty));
+                if file.of_others > 0 {
+                    let (path, n) = (file.path.display(), file.of_others);
+                    let label = expert.label();
+                    notes.push(format!("expert `{label}`: {n} documents of {path} are for others"));
+                }
             }
-            let mut error = place.error("a prompt is longer than the context of the base model");
-            error.path = format!("{}.{which}[{i}]", error.path);
-            error.expected = Some(format!("at most {context} tokens"));
-            error.found = Some(format!("{} tokens", ids.len()));
-            error.hint = Some("split it into several prompts".into());
-            Err(MergeError::from(RecipeErrors(vec![error])))
+            let files = expert.prompts_files.iter().flat_map(|f| &f.documents);
+            let cutting =
+                if whole { Cutting::Whole } else { Cutting::Budget(budget.saturating_sub(used)) };
+            let made = encoder.pieces(&files.collect::<Vec<_>>(), cutting)?;
+            notes.extend(made.note(&format!("expert `{}`", expert.label()), budget));
+            positive.extend(made.tokens);
+            Ok(TokenPrompts { positive, negative })
         };
-        let all = |texts: &[String], place: &Place, which: &str| {
-            let numbered = texts.iter().enumerate();
-            numbered.map(|(i, t)| tokens(t, place, which, i)).collect::<Result<Vec<_>, _>>()
-        };
-        let of = |expert: &Expert| {
-            Ok(TokenPrompts {
-                positive: all(&expert.positive_prompts, &expert.place, "positive_prompts")?,
-                negative: all(&expert.negative_prompts, &expert.place, "negative_prompts")?,
-            })
-        };
-        let experts = recipe.experts.iter().map(of).collect::<Result<_, MergeError>>()?;
-        let shared = match shared_gate {
-            SharedGate::Computed => {
-                recipe.shared_experts.iter().map(of).collect::<Result<_, MergeError>>()?
-            }
-            SharedGate::Absent => Vec::new(),
-        };
-        Ok(Self { experts, shared, bos: bos.is_some() })
+        let experts = recipe.experts.iter().map(&mut of).collect::<Result<_, _>>()?;
+        let shared = shared_experts.iter().map(&mut of).collect::<Result<_, _>>()?;
+        Ok(Self { experts, shared, bos: encoder.tokenizer().bos().is_some(), notes })
     }
+}
+
+/// Prompts of the recipe's own text, each whole.
+fn inline(
+    encoder: &Encoder<'_>,
+    texts: &[String],
+    place: &Place,
+    which: &str,
+) -> Result<Vec<Vec<u32>>, MergeError> {
+    let context = encoder.context();
+    let one = |(i, text): (usize, &String)| {
+        let ids = encoder.text(text)?;
+        if ids.len() <= context {
+            return Ok(ids);
+        }
+        let mut error = place.error("a prompt is longer than the context of the base model");
+        error.path = format!("{}.{which}[{i}]", error.path);
+        error.expected = Some(format!("at most {context} tokens"));
+        error.found = Some(format!("{} tokens", ids.len()));
+        error.hint = Some(
+            "split it into several prompts, or put it into a `prompts_file`, which is cut".into(),
+        );
+        Err(MergeError::from(RecipeErrors(vec![error])))
+    };
+    texts.iter().enumerate().map(one).collect()
 }

@@ -1,8 +1,10 @@
 //! Recipes as people write them, and every mistake they can hold.
 
 use moe_merge_checkpoint::{Dtype, Explain, Kind};
+use moe_merge_merge::documents::Content;
 use moe_merge_merge::recipe::{
-    self, Architecture, Attention, GateMode, MoeRecipe, Recipe, RecipeErrors, SourceKind,
+    self, Architecture, Attention, Choice, Expert, GateMode, MoeRecipe, Recipe, RecipeErrors,
+    SourceKind,
 };
 use moe_merge_testkit::shared;
 
@@ -85,7 +87,7 @@ experts:
       text
     - !!str 12
 ");
-    assert_eq!(commented.gate_mode, GateMode::Hidden);
+    assert_eq!(Some(commented.gate_mode), GateMode::named("hidden"));
     assert_eq!(commented.dtype, Some(Dtype::BF16));
     assert_eq!(commented.experts[0].label(), "OpenHermes-2.5-Mistral-7B");
     assert_eq!(
@@ -107,7 +109,7 @@ shared_experts:
     positive_prompts: [d]
 architecture: Qwen
 ");
-    assert_eq!(anchors.gate_mode, GateMode::Auto);
+    assert_eq!(anchors.gate_mode.name(), "auto");
     assert_eq!(anchors.experts[1].negative_prompts, ["a", "b"]);
     assert_eq!(anchors.architecture, [Architecture::Qwen2Moe, Architecture::Qwen3Moe]);
     let SourceKind::Model(with) = &anchors.experts[1].source.kind else { panic!("model") };
@@ -116,7 +118,7 @@ architecture: Qwen
     let random = moe(
         "base_model: b\nexperts: [{source_model: b}, {source_model: c+d}]\ngate_mode: uniform_random\n",
     );
-    assert_eq!(random.gate_mode, GateMode::UniformRandom);
+    assert_eq!(random.gate_mode.name(), "uniform_random");
     let same =
         "base_model: b\nexperts: [{source_model: b}, {source_model: b}]\ngate_mode: random\n";
     assert!(error(same).what.contains("all experts are the same model"));
@@ -146,10 +148,13 @@ self_text: null
     let Ok(Recipe::Moe(moe)) = recipe::parse(text, &folder.path().join("r.yaml")) else {
         panic!("parses")
     };
-    assert_eq!(moe.experts[0].positive_prompts, ["one\ntwo", "three"]);
+    assert_eq!(in_files(&moe.experts[0]), ["one\ntwo", "three"]);
     assert_eq!(moe.experts[0].layers, Some(0..30));
     assert_eq!(moe.experts[0].label(), "prose");
-    assert_eq!(moe.experts[1].positive_prompts, ["zero", "four"]);
+    assert_eq!(moe.experts[1].positive_prompts, ["zero"]);
+    assert_eq!(in_files(&moe.experts[1]), ["four"]);
+    assert_eq!((moe.generalist, moe.sequential), (Some(Choice::No), None));
+    assert_eq!((moe.self_text, moe.prompt_tokens), (None, None));
     assert_eq!((moe.experts[1].noise_scale, moe.experts[1].residual_scale), (0.001, 0.5));
     assert!(matches!(moe.experts[1].source.kind, SourceKind::File(_)));
     assert!(matches!(moe.experts[2].source.kind, SourceKind::Inline(_)));
@@ -159,6 +164,102 @@ self_text: null
     assert_eq!(average.method.name, "linear");
     let recipe::Parts::Models(models) = &average.parts else { panic!("models") };
     assert_eq!(models.len(), 3);
+}
+
+/// Plain texts of an expert's files.
+fn in_files(expert: &Expert) -> Vec<String> {
+    let documents = expert.prompts_files.iter().flat_map(|f| &f.documents);
+    let text = |d: &moe_merge_merge::documents::Document| match &d.content {
+        Content::Text(text) => text.clone(),
+        other => panic!("{other:?}"),
+    };
+    documents.map(text).collect()
+}
+
+#[test]
+fn keys_of_calibration() {
+    let with = |keys: &str| moe(&format!("{EXPERTS}{keys}\n"));
+    assert_eq!(with("self_text: 5000").self_text, Some(5000));
+    assert_eq!(with("self_text: 0").self_text, Some(0));
+    assert_eq!(with("self_text: false").self_text, Some(0));
+    for (text, choice) in [("true", Choice::Yes), ("off", Choice::No), ("auto", Choice::Auto)] {
+        assert_eq!(with(&format!("generalist: {text}")).generalist, Some(choice));
+        assert_eq!(with(&format!("sequential: {text}")).sequential, Some(choice));
+    }
+    assert_eq!(with("prompt_tokens: 300").prompt_tokens, Some(300));
+    let mut learned = Vec::new();
+    for estimator in moe_merge_router::ESTIMATORS {
+        let mode = with(&format!("gate_mode: {}", estimator.name)).gate_mode;
+        assert_eq!(mode.name(), estimator.name);
+        learned.extend(mode.learned().then_some(mode.name()));
+    }
+    assert!(learned.starts_with(&["auto", "logistic"]), "{learned:?}");
+}
+
+#[test]
+fn learned_gates_need_no_prompts() {
+    let bare =
+        "base_model: base\nexperts: [{source_model: a}, {source_model: b, prompts_file: null}]\n";
+    assert!(moe(bare).experts.iter().all(|e| !e.has_prompts()));
+    for mode in ["hidden", "hidden_avg", "hidden_last", "cheap_embed"] {
+        let all = errors(&format!("{bare}gate_mode: {mode}\nself_text: 100\n")).0;
+        assert!(all.len() == 2 && all[0].what.contains(mode), "{all:?}");
+    }
+    let all = errors(&format!("{bare}self_text: 0\n")).0;
+    assert!(all.len() == 2 && all[1].what.contains("`self_text: 0` lets it write none"), "{all:?}");
+    assert_eq!(all[1].path, "experts[1]");
+    moe(&format!("{bare}gate_mode: random\nself_text: 0\n"));
+}
+
+#[test]
+fn prompts_files_in_lists_and_with_labels() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs_err::write(folder.path().join(name), text).unwrap();
+    write("a.txt", "one\n\ntwo\n");
+    write(
+        "all.jsonl",
+        "{\"text\": \"P\", \"expert\": \"prose\"}\n{\"text\": \"C\", \"domain\": \"code\"}\n\
+         {\"text\": \"N\", \"label\": 1}\n{\"text\": \"\"}\n",
+    );
+    write("by.json", "{\"prose\": [\"p\"], \"code\": [\"c\"]}");
+    let parse = |prose: &str, code: &str| {
+        let text = format!(
+            "base_model: base\nexperts:\n  - {{source_model: a, name: prose, prompts_file: {prose}}}\n  \
+             - {{source_model: b, name: code, prompts_file: {code}}}\n"
+        );
+        recipe::parse(&text, &folder.path().join("r.yaml"))
+    };
+    let Ok(Recipe::Moe(moe)) = parse("[a.txt, all.jsonl, by.json]", "[all.jsonl, by.json]") else {
+        panic!("parses")
+    };
+    assert_eq!(in_files(&moe.experts[0]), ["one", "two", "P", "N", "p"]);
+    assert_eq!(in_files(&moe.experts[1]), ["C", "N", "c"]);
+    let file = &moe.experts[0].prompts_files[1];
+    assert_eq!((file.of_others, file.empty), (1, 1));
+
+    let refused = |prose: &str, what: &str, path: &str, found: &str| {
+        let error = parse(prose, "a.txt").map(|_| ()).unwrap_err().0.remove(0);
+        assert!(error.what.contains(what), "{error:?}");
+        assert_eq!((error.path.as_str(), error.at.line), (path, 3), "{error:?}");
+        assert!(error.found.as_ref().is_some_and(|f| f.contains(found)), "{error:?}");
+    };
+    let at = "experts[0].prompts_file";
+    refused("[]", "does not fit", at, "a list of 0");
+    refused("{a: b}", "does not fit", at, "mapping");
+    refused("[a.txt, 5]", "does not fit", "experts[0].prompts_file[1]", "5");
+    refused("[a.txt, b.txt]", "file not found", "experts[0].prompts_file[1]", "b.txt");
+    write("bad.jsonl", "{\"text\": \"a\"}\n{\"txt\": 1}\n");
+    refused(
+        "bad.jsonl",
+        "cannot be used",
+        at,
+        "bad.jsonl:2: a line is no document: an object with `txt`",
+    );
+    write("only.json", "{\"code\": [\"c\"]}");
+    refused("only.json", "no document of the file is for this expert", at, "all labelled");
+    write("stray.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\", \"expert\": \"pros\"}\n");
+    refused("stray.jsonl", "an expert that the recipe does not have", at, "`pros` at ");
+    refused("r.yaml", "file not found", at, "r.yaml");
 }
 
 #[test]
@@ -182,9 +283,16 @@ fn each_mistake_has_its_message() {
         ("gate_mod: hidden", "unknown key `gate_mod`", "gate_mod"),
         ("dtype: float8", "unknown `dtype`", "dtype"),
         ("architecture: mixtrl", "unknown `architecture`", "architecture"),
-        ("generalist: true", "not supported by this version", "generalist"),
+        ("generalist: maybe", "a value that does not fit", "generalist"),
+        ("generalst: true", "unknown key `generalst`", "generalst"),
+        ("sequential: [true]", "a value that does not fit", "sequential"),
+        ("self_text: true", "a value that does not fit", "self_text"),
+        ("self_text: -1", "a value that does not fit", "self_text"),
+        ("self_text: 99999999999", "a value that does not fit", "self_text"),
+        ("selftext: 5", "unknown key `selftext`", "selftext"),
+        ("prompt_tokens: 0", "a value that does not fit", "prompt_tokens"),
+        ("prompt_tokens: many", "a value that does not fit", "prompt_tokens"),
         ("align: {method: refit}", "not supported by this version", "align"),
-        ("self_text: 5000", "not supported by this version", "self_text"),
         ("evaluation: {prose: nowhere.txt}", "file not found", "evaluation.prose"),
         ("seed: -1", "a value that does not fit", "seed"),
         ("tokenizer: union", "unknown `tokenizer`", "tokenizer"),
@@ -208,7 +316,6 @@ fn each_mistake_has_its_message() {
 #[test]
 fn each_mistake_of_an_expert_has_its_message() {
     let cases: &[(&str, &str, &str)] = &[
-        ("positive_prompts: []", "an expert has no prompts", ""),
         ("positive_prompts: ['  ']", "a prompt is empty", ".positive_prompts[0]"),
         ("positive_prompts: [one]", "all experts have the same prompts", "experts"),
         ("positive_prompts: [x, 5]", "a value that does not fit", ".positive_prompts[1]"),

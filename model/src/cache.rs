@@ -4,6 +4,7 @@ use moe_merge_kernels::KeyValues;
 
 use crate::error::ModelError;
 use crate::model::Model;
+use crate::spec::Spec;
 
 /// Keys and values of all layers, allocated once.
 #[derive(Debug, Clone)]
@@ -29,18 +30,8 @@ impl Cache {
     /// Room for `capacity` tokens of `model`.
     pub fn new(model: &Model, capacity: usize) -> Self {
         let spec = model.spec();
-        let a = &spec.attention;
-        let (qk_dim, v_dim) = (a.qk_dim(), a.v_dim());
-        let layer = || LayerCache {
-            keys: vec![0.0; a.kv_heads * capacity * qk_dim],
-            values: vec![0.0; a.kv_heads * capacity * v_dim],
-            kv_heads: a.kv_heads,
-            qk_dim,
-            v_dim,
-            capacity,
-        };
         Self {
-            layers: spec.layers.iter().map(|_| layer()).collect(),
+            layers: spec.layers.iter().map(|_| LayerCache::new(spec, capacity)).collect(),
             capacity,
             max_positions: spec.max_positions,
             len: 0,
@@ -95,6 +86,20 @@ impl Cache {
 }
 
 impl LayerCache {
+    /// Room for `capacity` tokens.
+    pub(crate) fn new(spec: &Spec, capacity: usize) -> Self {
+        let a = &spec.attention;
+        let (qk_dim, v_dim) = (a.qk_dim(), a.v_dim());
+        Self {
+            keys: vec![0.0; a.kv_heads * capacity * qk_dim],
+            values: vec![0.0; a.kv_heads * capacity * v_dim],
+            kv_heads: a.kv_heads,
+            qk_dim,
+            v_dim,
+            capacity,
+        }
+    }
+
     /// Puts keys `[tokens, kv_heads * qk_dim]` and values `[tokens, kv_heads * v_dim]` at positions from `at` on.
     ///
     /// The caller has checked that they fit.

@@ -11,6 +11,7 @@ use moe_merge_kernels::{
 
 use crate::cache::LayerCache;
 use crate::error::ModelError;
+use crate::lanes;
 use crate::ops::{
     CachedAttention, Expert, Experts, FrozenLinear, Gate, RmsNorm, Rope, SelfAttention, to_vec,
 };
@@ -75,6 +76,8 @@ struct Moe {
 pub(crate) enum Past<'a> {
     /// In a cache that holds so many tokens already.
     Cache(&'a mut LayerCache, usize),
+    /// In a cache for each row: every row is the next token of a sequence of its own.
+    Lanes(&'a mut [LayerCache], &'a [usize]),
     /// Nowhere: the pass holds whole sequences, in these rows.
     None(&'a [Range<usize>]),
 }
@@ -183,6 +186,7 @@ impl Layer {
             Past::None(sequences) => {
                 q.apply_op3_no_bwd(&k, &v, &SelfAttention { spec: kernel, sequences })?
             }
+            Past::Lanes(caches, lens) => lanes::attend(caches, lens, [&q, &k, &v], &kernel)?,
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
                 let kv = cache.view(len + q.dim(0)?);

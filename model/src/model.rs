@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::{RopeSpec, RopeTable, Routing};
 
-use crate::cache::Cache;
+use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
 use crate::layer::{Layer, Past, norm};
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
@@ -97,6 +97,37 @@ impl Model {
         cache.advance(tokens.len());
         if rows == LogitRows::Last {
             x = x.narrow(0, tokens.len() - 1, 1)?.contiguous()?;
+        }
+        self.logits(&self.norm.forward(&x)?)
+    }
+
+    /// Logits after the next token of several sequences, each with keys and values of its own.
+    ///
+    /// * `tokens`, `lens`: the token of each sequence and the tokens before it, which its caches hold
+    /// * `caches`: for each layer those of the sequences, which then hold the token too
+    /// * `rows`: ascending, the sequences whose logits are wanted; returns `[rows, vocab]`
+    ///
+    /// The caller has checked that the tokens have room.
+    pub(crate) fn forward_lanes(
+        &self,
+        tokens: &[u32],
+        lens: &[usize],
+        caches: &mut [&mut [LayerCache]],
+        rows: &[u32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let positions: Vec<u32> = lens.iter().map(|&len| len as u32).collect();
+        let mut tables = Tables::new(&positions);
+        let mut x = embed(&self.spec, &self.embedding, tokens)?;
+        for (layer, lanes) in self.layers.iter().zip(caches) {
+            let table = tables.of(layer.rope());
+            x = layer.forward(&self.spec, &x, table, Past::Lanes(lanes, lens))?.stream;
+        }
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        if rows.len() < tokens.len() {
+            let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
+            x = x.index_select(&rows, 0)?;
         }
         self.logits(&self.norm.forward(&x)?)
     }

@@ -37,6 +37,15 @@ impl Sampler {
     /// # Errors
     /// [`TextError::Parameter`] if a parameter is out of range.
     pub fn new(sampling: Sampling) -> Result<Self, TextError> {
+        Self::numbered(sampling, 0)
+    }
+
+    /// The sampler of one of many sequences: each `number` has a random stream of its own, that of 0 is
+    /// [`Sampler::new`]'s.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub fn numbered(sampling: Sampling, number: u64) -> Result<Self, TextError> {
         let Sampling { temperature, top_p, seed, .. } = sampling;
         if !(temperature.is_finite() && temperature >= 0.0) {
             return Err(TextError::Parameter {
@@ -52,7 +61,9 @@ impl Sampler {
                 found: top_p.to_string(),
             });
         }
-        Ok(Self { sampling, random: ChaCha12Rng::seed_from_u64(seed) })
+        let mut random = ChaCha12Rng::seed_from_u64(seed);
+        random.set_stream(number);
+        Ok(Self { sampling, random })
     }
 
     /// The next token.
@@ -73,24 +84,22 @@ impl Sampler {
         if self.sampling.temperature == 0.0 || self.sampling.top_k == 1 {
             return Ok(best);
         }
-        let candidates = self.candidates(logits, logits[best as usize]);
-        let total: f64 = candidates.iter().map(|c| c.1).sum();
         // 53 random bits: every f64 of that grid in [0, 1).
         let uniform = (self.random.next_u64() >> 11) as f64 * (0.5f64).powi(53);
-        let mut left = uniform * total;
-        for &(id, weight) in &candidates {
-            left -= weight;
-            if left < 0.0 {
-                return Ok(id);
-            }
+        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
+        if top_p == 1.0 && (top_k == 0 || top_k >= logits.len()) {
+            // Every token can be chosen, so their order does not matter and sorting them would be most of the work.
+            let best = logits[best as usize];
+            let weights: Vec<f64> = logits.iter().map(|&l| weight(l, best, temperature)).collect();
+            return Ok(pick(weights.iter().copied().enumerate(), uniform) as u32);
         }
-        // Rounding can leave a rest behind the last one.
-        Ok(candidates.last().map_or(best, |c| c.0))
+        let candidates = self.candidates(logits, logits[best as usize]);
+        let at = pick(candidates.iter().map(|c| c.1).enumerate(), uniform);
+        Ok(candidates[at].0)
     }
 
     /// Tokens that can be chosen with `exp((logit - best) / temperature)`, likeliest first.
     fn candidates(&self, logits: &[f32], best: f32) -> Vec<(u32, f64)> {
-        let temperature = self.sampling.temperature as f64;
         let likelier = |a: &u32, b: &u32| {
             let (la, lb) = (logits[*a as usize], logits[*b as usize]);
             lb.total_cmp(&la).then(a.cmp(b))
@@ -107,12 +116,7 @@ impl Sampler {
         ids.sort_unstable_by(likelier);
         let mut weighted: Vec<(u32, f64)> = ids
             .into_iter()
-            .map(|id| {
-                let logit = logits[id as usize];
-                // Two infinities would make a NaN of their difference.
-                let distance = if logit == best { 0.0 } else { (logit - best) as f64 };
-                (id, (distance / temperature).exp())
-            })
+            .map(|id| (id, weight(logits[id as usize], best, self.sampling.temperature)))
             .collect();
         if self.sampling.top_p < 1.0 {
             let enough = self.sampling.top_p as f64 * weighted.iter().map(|c| c.1).sum::<f64>();
@@ -125,6 +129,28 @@ impl Sampler {
         }
         weighted
     }
+}
+
+/// `exp((logit - best) / temperature)`.
+fn weight(logit: f32, best: f32, temperature: f32) -> f64 {
+    // Two infinities would make a NaN of their difference.
+    let distance = if logit == best { 0.0 } else { (logit - best) as f64 };
+    (distance / temperature as f64).exp()
+}
+
+/// The index whose share of the sum of all weights holds `uniform`, from `[0, 1)`. One weight at least is 1.
+fn pick(weights: impl Iterator<Item = (usize, f64)> + Clone, uniform: f64) -> usize {
+    let mut left = uniform * weights.clone().map(|(_, w)| w).sum::<f64>();
+    let mut last = 0;
+    for (at, weight) in weights.filter(|(_, w)| *w > 0.0) {
+        left -= weight;
+        if left < 0.0 {
+            return at;
+        }
+        // Rounding can leave a rest behind the last one.
+        last = at;
+    }
+    last
 }
 
 /// Index of the largest logit, the lowest one among equals; `None` if there is none above negative infinity.

@@ -24,10 +24,13 @@ mod source;
 pub use dense::{DenseRecipe, Input, Parameters, Parts, Slice};
 pub use error::{Location, RecipeError, RecipeErrors};
 pub use file::read;
-pub use moe::{ARCHITECTURES, Architecture, Attention, Expert, GATE_MODES, GateMode, MoeRecipe};
+pub use moe::{ARCHITECTURES, Architecture, Attention, Choice, Expert, GateMode, MoeRecipe};
+pub use prompts::{ExpertFile, PromptList, prompt_lists};
 pub use schema::{Availability, Key, Shape, TABLES, json_schema};
 pub use setting::{ParameterKind, Setting};
 pub use source::{Place, SourceKind, SourceSpec};
+
+pub(crate) use reader::nearest;
 
 use node::{Node, Value};
 use reader::Reader;

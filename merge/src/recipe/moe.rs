@@ -1,14 +1,16 @@
 //! MoE recipes.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 
 use moe_merge_checkpoint::Dtype;
+use moe_merge_router::{ESTIMATORS, Estimator, Method as RouterMethod};
 
 use super::dense::{DenseRecipe, Input, Parameters, Parts};
 use super::node::{Node, Value};
-use super::prompts;
-use super::reader::{Object, Reader};
+use super::prompts::ExpertFile;
+use super::reader::{Object, Reader, as_bool};
 use super::schema;
 use super::setting::Setting;
 use super::source::{Place, SourceSpec};
@@ -25,6 +27,14 @@ pub struct MoeRecipe {
     pub shared_experts: Vec<Expert>,
     /// How the gates are made.
     pub gate_mode: GateMode,
+    /// Tokens that each expert writes itself as calibration text, 0 for none; absent: where it is needed.
+    pub self_text: Option<usize>,
+    /// Whether the base's own MLPs are one more expert; absent: not asked for.
+    pub generalist: Option<Choice>,
+    /// Whether the features of a layer come from the merged model; absent: [`Choice::Auto`].
+    pub sequential: Option<Choice>,
+    /// Tokens of calibration text per expert that files of prompts may fill.
+    pub prompt_tokens: Option<usize>,
     /// Experts that each token visits, `1..=experts`.
     pub experts_per_token: usize,
     /// Dtype of the output; the base's by default.
@@ -45,6 +55,9 @@ pub struct MoeRecipe {
     pub place: Place,
 }
 
+/// Tokens that a recipe can ask for at most.
+const MOST: u64 = 1 << 30;
+
 /// One expert.
 #[derive(Debug, Clone)]
 pub struct Expert {
@@ -52,8 +65,10 @@ pub struct Expert {
     pub source: SourceSpec,
     /// Its name, where the recipe gives one.
     pub name: Option<String>,
-    /// Texts that it should get, those of `prompts_file` at the end.
+    /// Texts that it should get, as written in the recipe.
     pub positive_prompts: Vec<String>,
+    /// Files with more of them.
+    pub prompts_files: Vec<ExpertFile>,
     /// Texts that it should not get.
     pub negative_prompts: Vec<String>,
     /// Only in these layers; all by default.
@@ -75,51 +90,67 @@ impl Expert {
         };
         self.name.clone().unwrap_or_else(source)
     }
+
+    /// Whether there is text that it should get.
+    pub fn has_prompts(&self) -> bool {
+        !self.positive_prompts.is_empty() || !self.prompts_files.is_empty()
+    }
 }
 
-/// How gates are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum GateMode {
-    /// The best that this version has: [`GateMode::Logistic`].
-    Auto,
-    /// Class-balanced multinomial logistic regression on the router's true input.
-    Logistic,
-    /// Last position of each layer's input (mergekit).
-    Hidden,
-    /// Mean over positions (mergekit, without its padding mistake).
-    HiddenAvg,
-    /// The same as [`GateMode::Hidden`] (mergekit).
-    HiddenLast,
-    /// Sum of token embeddings (mergekit).
-    CheapEmbed,
-    /// Normal numbers (mergekit).
-    Random,
-    /// Uniform numbers (mergekit).
-    UniformRandom,
-}
-
-/// Every gate mode: name in recipes, value, one line about it.
-pub const GATE_MODES: &[(&str, GateMode, &str)] = &[
-    ("auto", GateMode::Auto, "the best estimator of this version: `logistic`"),
-    ("logistic", GateMode::Logistic, "logistic regression on the router's true input"),
-    ("hidden", GateMode::Hidden, "mergekit: last position of each layer's input"),
-    ("hidden_avg", GateMode::HiddenAvg, "mergekit: mean over positions of each layer's input"),
-    ("hidden_last", GateMode::HiddenLast, "mergekit: the same as `hidden`"),
-    ("cheap_embed", GateMode::CheapEmbed, "mergekit: sum of token embeddings, no forward pass"),
-    ("random", GateMode::Random, "mergekit: normal random numbers"),
-    ("uniform_random", GateMode::UniformRandom, "mergekit: uniform random numbers"),
-];
+/// How gates are made: an estimator of the router crate.
+#[derive(Clone, Copy)]
+pub struct GateMode(&'static Estimator);
 
 impl GateMode {
-    /// Its name in recipes.
-    pub fn name(self) -> &'static str {
-        GATE_MODES.iter().find(|(_, mode, _)| *mode == self).map_or("auto", |(name, _, _)| name)
+    /// The mode called `name` in recipes.
+    pub fn named(name: &str) -> Option<Self> {
+        moe_merge_router::find(name).ok().map(Self)
     }
 
-    /// Whether experts need prompts.
-    pub fn needs_prompts(self) -> bool {
-        !matches!(self, Self::Random | Self::UniformRandom)
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        self.0.name
     }
+
+    /// The estimator.
+    pub fn estimator(self) -> &'static Estimator {
+        self.0
+    }
+
+    /// Whether every expert needs prompts of its own: mergekit's modes that read any.
+    pub fn needs_prompts(self) -> bool {
+        matches!(self.0.method, RouterMethod::Streams(_) | RouterMethod::Embeddings(_))
+    }
+
+    /// Whether it learns from router inputs: then experts without prompts can write text of their own.
+    pub fn learned(self) -> bool {
+        !self.needs_prompts() && !matches!(self.0.method, RouterMethod::Seed(_))
+    }
+}
+
+impl PartialEq for GateMode {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for GateMode {}
+
+impl fmt::Debug for GateMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A decision that can be left to the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Choice {
+    /// Whatever measures better.
+    Auto,
+    /// Yes.
+    Yes,
+    /// No.
+    No,
 }
 
 /// An output family.
@@ -197,8 +228,14 @@ impl Reader {
         let object = self.object(node, path, schema::MOE, "a MoE recipe")?;
         let base_model = self.source_at(&object, "base_model");
         let gate_mode = self.gate_mode(&object);
-        let experts = self.experts(&object, "experts");
-        let shared_experts = self.experts(&object, "shared_experts");
+        let mut experts = self.experts(&object, "experts");
+        let mut shared_experts = self.experts(&object, "shared_experts");
+        let self_text = self.self_text(&object);
+        let generalist = self.choice(&object, "generalist");
+        let sequential = self.choice(&object, "sequential");
+        let prompt_tokens =
+            object.get("prompt_tokens").and_then(|(n, p)| self.integer(n, &p, 1..=MOST));
+        self.share_out(&mut experts, &mut shared_experts);
         let top_k = self.top_k(&object);
         let dtype = self.dtype_at(&object, "dtype");
         let architecture = self.architecture(&object);
@@ -211,7 +248,7 @@ impl Reader {
         let seed = object.get("seed").and_then(|(n, p)| self.integer(n, &p, 0..=u64::MAX));
         let identical = object.get("allow_identical_experts");
         let identical = identical.and_then(|(n, p)| self.boolean(n, &p)).unwrap_or(false);
-        self.check_experts(&object, &experts, gate_mode, identical);
+        self.check_experts(&object, &experts, gate_mode, self_text, identical);
         self.check_shared(&object, &shared_experts);
         self.check_names(&experts, &shared_experts);
         let experts: Vec<Expert> = experts.into_iter().flatten().collect();
@@ -225,6 +262,10 @@ impl Reader {
             experts,
             shared_experts: shared_experts.into_iter().flatten().collect(),
             gate_mode: gate_mode?,
+            self_text,
+            generalist,
+            sequential,
+            prompt_tokens: prompt_tokens.map(|n| n as usize),
             experts_per_token: top_k,
             dtype,
             architecture,
@@ -238,10 +279,34 @@ impl Reader {
     }
 
     fn gate_mode(&mut self, object: &Object) -> Option<GateMode> {
-        let Some((node, path)) = object.get("gate_mode") else { return Some(GateMode::Auto) };
-        let names: Vec<_> = GATE_MODES.iter().map(|(name, _, _)| *name).collect();
-        let name = self.one_of(node, &path, &names)?;
-        GATE_MODES.iter().find(|(n, _, _)| *n == name).map(|(_, mode, _)| *mode)
+        let (node, path) = match object.get("gate_mode") {
+            Some(found) => found,
+            None => return GateMode::named("auto"),
+        };
+        let names: Vec<_> = ESTIMATORS.iter().map(|e| e.name).collect();
+        GateMode::named(&self.one_of(node, &path, &names)?)
+    }
+
+    /// A number of tokens; `false` is 0.
+    fn self_text(&mut self, object: &Object) -> Option<usize> {
+        let (node, path) = object.get("self_text")?;
+        match node.value {
+            Value::Bool(false) => Some(0),
+            _ => self.integer(node, &path, 0..=MOST).map(|n| n as usize),
+        }
+    }
+
+    fn choice(&mut self, object: &Object, key: &str) -> Option<Choice> {
+        let (node, path) = object.get(key)?;
+        match (as_bool(node), &node.value) {
+            (Some(true), _) => Some(Choice::Yes),
+            (Some(false), _) => Some(Choice::No),
+            (None, Value::Text(text)) if text == "auto" => Some(Choice::Auto),
+            _ => {
+                self.wrong(node, &path, "`true`, `false` or `auto`");
+                None
+            }
+        }
     }
 
     fn architecture(&mut self, object: &Object) -> Vec<Architecture> {
@@ -297,23 +362,9 @@ impl Reader {
         {
             self.wrong(node, &path, "a name of one line");
         }
-        let mut positive_prompts = self.prompts(&object, "positive_prompts");
+        let positive_prompts = self.prompts(&object, "positive_prompts");
         let negative_prompts = self.prompts(&object, "negative_prompts");
-        if let Some((node, path)) = object.get("prompts_file")
-            && let Some(file) = self.existing_file(node, &path)
-        {
-            match prompts::read(&file) {
-                Ok(more) => positive_prompts.extend(more),
-                Err(reason) => {
-                    let error = self.error(node.at, &path, "the file of prompts cannot be used");
-                    error.found = Some(format!("{}: {reason}", file.display()));
-                    error.expected = Some(
-                        "UTF-8 text in blocks divided by blank lines, or `.jsonl` with `text`"
-                            .into(),
-                    );
-                }
-            }
-        }
+        let prompts_files = self.prompts_files(&object);
         let layers = self.range_at(&object, "layers");
         let scale = |reader: &mut Self, key: &str, default: f32| match object.get(key) {
             Some((node, path)) => {
@@ -332,6 +383,7 @@ impl Reader {
             source: source?,
             name,
             positive_prompts,
+            prompts_files,
             negative_prompts,
             layers,
             noise_scale,
@@ -340,7 +392,7 @@ impl Reader {
         })
     }
 
-    fn prompts(&mut self, object: &Object, key: &str) -> Vec<String> {
+    pub fn prompts(&mut self, object: &Object, key: &str) -> Vec<String> {
         let mut prompts = Vec::new();
         for (node, path) in self.items_at(object, key, "a list of texts") {
             match self.text(node, &path) {
@@ -361,6 +413,7 @@ impl Reader {
         object: &Object,
         experts: &[Option<Expert>],
         gate_mode: Option<GateMode>,
+        self_text: Option<usize>,
         identical: bool,
     ) {
         let Some((node, path)) = object.get("experts") else { return };
@@ -372,8 +425,8 @@ impl Reader {
             error.found = Some(format!("{} in the list", experts.len()));
             return;
         }
-        if gate_mode.is_some_and(GateMode::needs_prompts) {
-            self.check_prompts(node, &path, experts, gate_mode.map_or("", GateMode::name));
+        if let Some(gate_mode) = gate_mode {
+            self.check_prompts(node, &path, experts, gate_mode, self_text);
         }
         let all: Option<Vec<_>> = experts.iter().map(Option::as_ref).collect();
         if let Some(all) = all
@@ -396,21 +449,36 @@ impl Reader {
         node: &Node,
         path: &str,
         experts: &[Option<Expert>],
-        gate_mode: &str,
+        gate_mode: GateMode,
+        self_text: Option<usize>,
     ) {
-        for expert in experts.iter().flatten().filter(|e| e.positive_prompts.is_empty()) {
-            let what = format!("an expert has no prompts, which `gate_mode: {gate_mode}` needs");
+        let silent = gate_mode.learned() && self_text == Some(0);
+        let without = experts.iter().flatten().filter(|e| !e.has_prompts());
+        for expert in without.filter(|_| silent || gate_mode.needs_prompts()) {
+            let (what, hint) = if silent {
+                let what = "an expert has no prompts, and `self_text: 0` lets it write none";
+                (what.to_owned(), "remove `self_text`: then it writes its own text")
+            } else {
+                let mode = gate_mode.name();
+                let what = format!("an expert has no prompts, which `gate_mode: {mode}` needs");
+                (what, "a few texts of the kind this expert is for; `gate_mode: auto` needs none")
+            };
             let error = self.error(expert.place.at, &expert.place.path, what);
             error.expected = Some("`positive_prompts` or a `prompts_file`".into());
-            error.hint = Some(
-                "a few texts of the kind this expert is for; `gate_mode: random` needs none".into(),
-            );
+            error.hint = Some(hint.into());
         }
         let all: Option<Vec<_>> = experts.iter().map(Option::as_ref).collect();
-        let Some(all) = all else { return };
-        let of = |e: &Expert| (e.positive_prompts.clone(), e.negative_prompts.clone());
-        let first = of(all[0]);
-        if !first.0.is_empty() && all.iter().all(|e| of(e) == first) {
+        let Some([first, rest @ ..]) = all.as_deref() else { return };
+        let same = |e: &Expert| {
+            let contents = |e: &Expert| -> Vec<_> {
+                let files = e.prompts_files.iter().flat_map(|f| &f.documents);
+                files.map(|d| d.content.clone()).collect()
+            };
+            e.positive_prompts == first.positive_prompts
+                && e.negative_prompts == first.negative_prompts
+                && contents(e) == contents(first)
+        };
+        if first.has_prompts() && !rest.is_empty() && rest.iter().all(|e| same(e)) {
             let error = self.error(node.at, path, "all experts have the same prompts");
             error.expected = Some("prompts that tell the experts apart".into());
             error.hint = Some("give each expert texts of its own kind".into());
@@ -420,7 +488,7 @@ impl Reader {
     fn check_shared(&mut self, object: &Object, shared: &[Option<Expert>]) {
         let Some((node, path)) = object.get("shared_experts") else { return };
         let all: Vec<_> = shared.iter().flatten().collect();
-        let with = all.iter().filter(|e| !e.positive_prompts.is_empty()).count();
+        let with = all.iter().filter(|e| e.has_prompts()).count();
         if with != 0 && with != all.len() {
             let error = self.error(node.at, &path, "only some shared experts have prompts");
             error.expected = Some("prompts for all shared experts, or for none".into());

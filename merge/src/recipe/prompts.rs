@@ -1,68 +1,180 @@
-//! Files of example text.
+//! Files of prompts that a recipe names, and the prompts of a recipe by themselves.
 
 use std::path::Path;
 
-/// The documents of a file: blocks divided by blank lines, or the `text` of each line of a `.jsonl` file.
+use super::error::RecipeErrors;
+use super::moe::Expert;
+use super::node::{self, Node, Value};
+use super::reader::{Object, Reader, nearest};
+use super::schema::{self, Availability, Key};
+use super::source::Place;
+use crate::documents::{At, Document, Label, PromptFile};
+
+/// A file of prompts of one expert.
+#[derive(Debug, Clone)]
+pub struct ExpertFile {
+    /// The file.
+    pub path: std::path::PathBuf,
+    /// Where the recipe names it.
+    pub place: Place,
+    /// Its documents for this expert, at least one.
+    pub documents: Vec<Document>,
+    /// Documents without text, which are left out.
+    pub empty: usize,
+    /// Documents whose label names another expert of the recipe.
+    pub of_others: usize,
+}
+
+/// The prompts of one expert of a YAML file that may be a recipe.
+#[derive(Debug, Clone)]
+pub struct PromptList {
+    /// The name of the expert: `name`, else the last part of `source_model`.
+    pub name: Option<String>,
+    /// Where it stands.
+    pub at: At,
+    /// Text that it should get.
+    pub positive: Vec<String>,
+    /// Text that it should not get.
+    pub negative: Vec<String>,
+    /// Files with more text that it should get.
+    pub files: Vec<PromptFile>,
+}
+
+/// The prompts of the experts in `text`: a recipe, or `experts:` with nothing but names and prompts.
 ///
 /// # Errors
-/// What is wrong with the file, in one line.
-pub(super) fn read(path: &Path) -> Result<Vec<String>, String> {
-    let text = fs_err::read_to_string(path).map_err(|e| e.to_string())?;
-    let lines = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));
-    let documents = if lines { json_lines(&text)? } else { blocks(&text) };
-    if documents.is_empty() {
-        return Err("the file holds no text".into());
+/// [`RecipeErrors`] with every mistake in what concerns prompts; the rest of a recipe is not looked at.
+pub fn prompt_lists(text: &str, path: &Path) -> Result<Vec<PromptList>, RecipeErrors> {
+    let mut reader = Reader::new(path);
+    let mut lists = Vec::new();
+    match node::parse(text) {
+        Ok(node) => lists = reader.prompt_lists(&node),
+        Err(e) => reader.error(e.at, "", "this is no valid YAML").found = Some(e.message),
     }
-    Ok(documents)
+    if reader.errors.is_empty() { Ok(lists) } else { Err(RecipeErrors(reader.errors)) }
 }
 
-fn blocks(text: &str) -> Vec<String> {
-    let mut documents = vec![String::new()];
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    for line in text.lines() {
-        let Some(last) = documents.last_mut() else { continue };
-        if !line.trim().is_empty() {
-            if !last.is_empty() {
-                last.push('\n');
+/// A table of keys, all of them usable and none needed but `needed`.
+fn lenient(keys: &[Key], needed: &str) -> Vec<Key> {
+    let one =
+        |key: &Key| Key { required: key.name == needed, availability: Availability::Now, ..*key };
+    keys.iter().map(one).collect()
+}
+
+impl Reader {
+    /// The files under `prompts_file`: one path, or a list of them.
+    pub fn prompts_files(&mut self, object: &Object) -> Vec<ExpertFile> {
+        let Some((node, path)) = object.get("prompts_file") else { return Vec::new() };
+        let items: Vec<(&Node, String)> = match &node.value {
+            Value::Text(_) => vec![(node, path)],
+            Value::List(items) if !items.is_empty() => {
+                items.iter().enumerate().map(|(i, n)| (n, format!("{path}[{i}]"))).collect()
             }
-            last.push_str(line);
-        } else if !last.is_empty() {
-            documents.push(String::new());
+            _ => {
+                self.wrong(node, &path, "a path, or a list of paths");
+                return Vec::new();
+            }
+        };
+        let mut files = Vec::new();
+        for (node, path) in items {
+            let Some(file) = self.existing_file(node, &path) else { continue };
+            match PromptFile::read(&file) {
+                Ok(PromptFile { path: file, documents, empty }) => {
+                    let place = self.place(node.at, &path);
+                    files.push(ExpertFile { path: file, place, documents, empty, of_others: 0 });
+                }
+                Err(reason) => {
+                    let what = "the file of prompts cannot be used";
+                    let found = reason.found.as_ref().map_or(String::new(), |f| format!(": {f}"));
+                    let error = self.error(node.at, &path, what);
+                    error.found = Some(format!("{}: {reason}{found}", reason.place()));
+                    error.expected = reason.expected.or_else(|| {
+                        Some("text in blocks divided by blank lines, `.jsonl` or `.json`".into())
+                    });
+                    error.hint = reason.hint;
+                }
+            }
+        }
+        files
+    }
+
+    /// Leaves each expert those documents of its files that are not labelled as another expert's.
+    ///
+    /// An `expert` or a list by expert has to name one of the recipe; a `label` or `domain` that names none says
+    /// nothing: the expert that names the file gets it.
+    pub fn share_out(&mut self, routed: &mut [Option<Expert>], shared: &mut [Option<Expert>]) {
+        let count = routed.len();
+        let all = routed.iter().chain(shared.iter());
+        let Some(names) = all.map(|e| e.as_ref().map(Expert::label)).collect::<Option<Vec<_>>>()
+        else {
+            return;
+        };
+        let owner = |label: &Label| {
+            let named = names.iter().position(|n| *n == label.text);
+            let number = || label.text.parse().ok().filter(|&n: &usize| n < count);
+            if label.certain { named.or_else(number) } else { named }
+        };
+        for (i, expert) in routed.iter_mut().chain(shared.iter_mut()).flatten().enumerate() {
+            for file in &mut expert.prompts_files {
+                let before = file.documents.len();
+                let stray = file.documents.iter().find_map(|d| {
+                    let label = d.label.as_ref().filter(|l| l.certain && owner(l).is_none())?;
+                    Some((d.at, label.text.clone()))
+                });
+                if let Some((at, label)) = stray {
+                    let what = "a document is for an expert that the recipe does not have";
+                    let error = self.error(file.place.at, &file.place.path, what);
+                    error.expected = Some(format!("one of {}", names.join(", ")));
+                    let label = node::shorten(&label);
+                    error.found = Some(format!("`{label}` at {}{at}", file.path.display()));
+                    error.hint = nearest(&label, names.iter().map(String::as_str))
+                        .map(|n| format!("did you mean `{n}`?"));
+                    continue;
+                }
+                // Two experts may have one label where neither has a name: then it tells them not apart.
+                let own = |d: &Document| {
+                    let theirs = d.label.as_ref().and_then(owner);
+                    theirs.is_none_or(|o| o == i || names[o] == names[i])
+                };
+                file.documents.retain(own);
+                file.of_others = before - file.documents.len();
+                if file.documents.is_empty() {
+                    let what = "no document of the file is for this expert";
+                    let error = self.error(file.place.at, &file.place.path, what);
+                    error.expected =
+                        Some(format!("documents labelled `{}`, or without label", names[i]));
+                    error.found = Some(format!("{before} documents, all labelled for others"));
+                }
+            }
         }
     }
-    documents.retain(|d| !d.is_empty());
-    documents
-}
 
-fn json_lines(text: &str) -> Result<Vec<String>, String> {
-    let mut documents = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let value: serde_json::Value =
-            serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
-        let text = value.get("text").and_then(|t| t.as_str());
-        let text = text.ok_or_else(|| format!("line {}: no text under `text`", i + 1))?;
-        if !text.trim().is_empty() {
-            documents.push(text.to_owned());
+    fn prompt_lists(&mut self, node: &Node) -> Vec<PromptList> {
+        let keys = lenient(schema::MOE, "experts");
+        let Some(object) = self.object(node, "", &keys, "a file of prompts") else {
+            return Vec::new();
+        };
+        let keys = lenient(schema::EXPERT, "");
+        let mut lists = Vec::new();
+        for (node, path) in self.items_at(&object, "experts", "a list of experts") {
+            let Some(object) = self.object(node, &path, &keys, "an expert") else { continue };
+            let name = self.text_at(&object, "name").or_else(|| {
+                let source = self.source_at(&object, "source_model")?.to_string();
+                source.rsplit(['/', '+']).find(|p| !p.is_empty()).map(str::to_owned)
+            });
+            let files = self.prompts_files(&object).into_iter().map(|file| PromptFile {
+                path: file.path,
+                documents: file.documents,
+                empty: file.empty,
+            });
+            lists.push(PromptList {
+                name,
+                at: At::Line(node.at.line),
+                positive: self.prompts(&object, "positive_prompts"),
+                negative: self.prompts(&object, "negative_prompts"),
+                files: files.collect(),
+            });
         }
-    }
-    Ok(documents)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_are_divided_by_blank_lines() {
-        assert_eq!(blocks("\n\na\n b\n\n \nc\r\n"), ["a\n b", "c"]);
-        assert!(blocks(" \n\n").is_empty());
-    }
-
-    #[test]
-    fn json_lines_name_the_bad_line() {
-        let good = json_lines("{\"text\": \"a\\nb\"}\n\n{\"text\": \"c\"}\n");
-        assert_eq!(good.unwrap(), ["a\nb", "c"]);
-        assert!(json_lines("{\"text\": \"a\"}\n{}").unwrap_err().starts_with("line 2"));
-        assert!(json_lines("x").unwrap_err().starts_with("line 1"));
+        lists
     }
 }

@@ -1,9 +1,10 @@
 //! The keys of a recipe: one table for each kind of mapping. Checks, "did you mean", docs and the JSON schema are all
 //! made from these tables.
 
+use moe_merge_router::ESTIMATORS;
 use serde_json::{Map, Value, json};
 
-use super::moe::{ARCHITECTURES, GATE_MODES};
+use super::moe::ARCHITECTURES;
 use crate::methods::METHODS;
 
 /// One key of a mapping.
@@ -48,8 +49,12 @@ pub enum Shape {
     Integer(u64),
     /// A number of at least 0.
     Scale,
+    /// `true`, `false` or `auto`.
+    Choice,
     /// A list of texts.
     Texts,
+    /// A text or a list of texts.
+    TextOrTexts,
     /// One of the dtype names.
     Dtype,
     /// Where a model is.
@@ -92,7 +97,7 @@ impl Key {
 }
 
 fn gate_modes() -> Vec<&'static str> {
-    GATE_MODES.iter().map(|(name, _, _)| *name).collect()
+    ESTIMATORS.iter().map(|e| e.name).collect()
 }
 
 fn architectures() -> Vec<&'static str> {
@@ -118,8 +123,10 @@ pub const MOE: &[Key] = &[
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
     key("seed", Shape::Integer(0), "seed of noise and of random gates").default("0"),
     key("allow_identical_experts", Shape::Bool, "build even though all experts are the same model, which is useless without training").default("false"),
-    key("self_text", Shape::Any, "tokens that each expert writes itself as calibration text").later(true, "give every expert `positive_prompts` or a `prompts_file`"),
-    key("generalist", Shape::Any, "the base's own MLPs as one more expert").later(true, "list the base model as an expert with prompts of its own"),
+    key("self_text", Shape::Integer(0), "tokens that each expert writes itself as calibration text; 0: none").default("as many as experts without prompts need"),
+    key("generalist", Shape::Choice, "the base's own MLPs as one more expert, for tokens whose domain cannot be known yet").default("false"),
+    key("sequential", Shape::Choice, "whether a layer's router is fitted to the stream of the merged model, routers before it in place").default("auto"),
+    key("prompt_tokens", Shape::Integer(1), "tokens per expert that files of prompts may fill").default("20000"),
     key("align", Shape::Any, "fit transplanted MLPs to the stream they now live in").later(true, "without it the experts' MLPs are used as they are"),
     key("pad", Shape::Any, "pad experts of different sizes").later(true, "all experts need the base's sizes"),
 ];
@@ -132,8 +139,9 @@ pub const EXPERT: &[Key] = &[
     key("negative_prompts", Shape::Texts, "texts that it should not get").default("none"),
     key(
         "prompts_file",
-        Shape::Text,
-        "more positive prompts: blocks of text divided by blank lines, or JSON lines with `text`",
+        Shape::TextOrTexts,
+        "more positive prompts, in one file or several: blocks of text divided by blank lines, JSON lines or a JSON \
+         list with `text`, `messages` or `prompt`",
     )
     .default("none"),
     key("layers", Shape::Range, "only in these layers; the base's MLP elsewhere")
@@ -298,6 +306,11 @@ fn shape(shape: &Shape) -> Map<String, Value> {
         Shape::Bool => json!({"type": "boolean"}),
         Shape::Integer(least) => json!({"type": "integer", "minimum": least}),
         Shape::Scale => json!({"type": "number", "minimum": 0}),
+        Shape::Choice => json!({"enum": [true, false, "auto"]}),
+        Shape::TextOrTexts => json!({"anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        ]}),
         Shape::Texts => json!({"type": "array", "items": {"type": "string"}}),
         Shape::Dtype => json!({"type": "string", "examples": ["float32", "bfloat16", "float16"]}),
         Shape::Source => json!({"allOf": [reference("model_reference")]}),
