@@ -97,6 +97,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Show which experts each token of a text visits, in every MoE layer
     Route(RouteArgs),
+    /// Compute the routers of a MoE anew: a new generation of its folder, the old one is kept
+    Calibrate(CalibrateArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -203,6 +205,37 @@ pub struct RouteArgs {
     /// With `--json`, list every token with its experts and weights
     #[arg(long, requires = "json")]
     pub tokens: bool,
+}
+
+/// Arguments of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// MoE folder, also one that another program wrote
+    pub path: String,
+    /// Text of all experts: `.jsonl` with `expert` and `text` in each line, `.json` as `{expert: [texts]}`, or a recipe
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// How the routers are made: a `gate_mode` of recipes
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub estimator: String,
+    /// Tokens of text that each expert writes itself, beside the prompts or instead of them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub self_text: usize,
+    /// Most tokens for each expert from the file (20 000 by default)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: Option<u32>,
+    /// Seed of everything random
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Why, for the journal
+    #[arg(short, long, value_name = "TEXT")]
+    pub message: Option<String>,
+    /// Change a copy in this folder, not the model itself
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Check everything, tell what would be done, write nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[cfg(test)]

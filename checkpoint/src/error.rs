@@ -114,6 +114,22 @@ pub enum CheckpointError {
         /// What is there.
         path: PathBuf,
     },
+    /// Another process is changing the model.
+    #[error("another process is changing this model")]
+    Busy {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The model has been changed since somebody looked at it.
+    #[error("the model was changed in the meantime")]
+    Outdated {
+        /// The folder.
+        path: PathBuf,
+        /// The generation that was to be changed.
+        expected: u32,
+        /// The generation that is there.
+        found: u32,
+    },
     /// The user stopped the program.
     #[error("interrupted")]
     Interrupted,
@@ -150,9 +166,15 @@ impl Explain for CheckpointError {
     fn fields(&self) -> Vec<(&'static str, String)> {
         let show = |p: &PathBuf| p.display().to_string();
         match self {
-            Self::Io { path, .. } | Self::OutputExists { path } | Self::NotFound { path, .. } => {
-                vec![("path", show(path))]
-            }
+            Self::Io { path, .. }
+            | Self::OutputExists { path }
+            | Self::Busy { path }
+            | Self::NotFound { path, .. } => vec![("path", show(path))],
+            Self::Outdated { path, expected, found } => vec![
+                ("path", show(path)),
+                ("expected", format!("generation {expected}")),
+                ("found", format!("generation {found}")),
+            ],
             Self::NotAModel { path } => vec![
                 ("path", show(path)),
                 (
@@ -221,6 +243,10 @@ impl Explain for CheckpointError {
             ),
             Self::NoRoom { .. } => {
                 Some("free some space, or choose another folder with `--out`".into())
+            }
+            Self::Busy { .. } => Some("wait until it is done, then try again".into()),
+            Self::Outdated { .. } => {
+                Some("run the command again, from what the model is now".into())
             }
             Self::NotAModel { .. } => {
                 Some("remove it by hand, or choose another folder with `--out`".into())

@@ -1,6 +1,6 @@
 //! A model folder: which files it consists of, and what is wrong when it is none.
 
-use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -86,23 +86,29 @@ pub(crate) fn config(folder: &Path) -> Result<ConfigJson, CheckpointError> {
 pub(crate) fn shards(folder: &Path) -> Result<Shards, CheckpointError> {
     let mut notes = Vec::new();
     let index_path = folder.join(index::NAME);
-    if index_path.symlink_metadata().is_ok() {
+    let single = folder.join(SINGLE);
+    let has_index = index_path.symlink_metadata().is_ok();
+    // As transformers does: the one file wins over an index. A change that is under way also relies on it.
+    if single.symlink_metadata().is_ok() {
+        if has_index {
+            let index = index::parse(&file::read(&index_path, index::MAX_INDEX)?, &index_path);
+            if !index.is_ok_and(|i| i.shards().into_iter().all(|shard| shard == SINGLE)) {
+                notes.push(format!(
+                    "{}: there is an index of other files beside `{SINGLE}`; `{SINGLE}` is read, as transformers does",
+                    folder.display()
+                ));
+            }
+        }
+        return Ok(Shards { files: vec![single], index: None, notes });
+    }
+    if has_index {
         let index = index::parse(&file::read(&index_path, index::MAX_INDEX)?, &index_path)?;
         let names = index.shards();
         if let Some(missing) = names.iter().find(|name| !folder.join(name).exists()) {
             return Err(missing_shard(&index, &index_path, missing));
         }
-        if folder.join(SINGLE).exists() && !names.contains(SINGLE) {
-            notes.push(format!(
-                "{}: `{SINGLE}` is not in the index and was not read",
-                folder.display()
-            ));
-        }
         let files = names.into_iter().map(|name| folder.join(name)).collect();
         return Ok(Shards { files, index: Some((index_path, index)), notes });
-    }
-    if folder.join(SINGLE).symlink_metadata().is_ok() {
-        return Ok(Shards { files: vec![folder.join(SINGLE)], index: None, notes });
     }
     let names = without_index(folder)?;
     notes.push(format!(
@@ -242,24 +248,60 @@ fn no_weights(folder: &Path, names: &[String]) -> CheckpointError {
     CheckpointError::Unsupported { what: what.into(), file: folder.to_owned(), hint }
 }
 
+/// What tells one state of a folder from another: a new index is a new file.
+type Stamp = Vec<Option<(u64, u64, Option<std::time::SystemTime>)>>;
+
+/// The files that a change of the model replaces.
+pub(crate) fn stamp(folder: &Path) -> Stamp {
+    use std::os::unix::fs::MetadataExt;
+    [index::NAME, SINGLE, "config.json"]
+        .into_iter()
+        .map(|name| {
+            let meta = std::fs::metadata(folder.join(name)).ok()?;
+            Some((meta.ino(), meta.len(), meta.modified().ok()))
+        })
+        .collect()
+}
+
 /// Opens all shards and holds them against the index.
+///
+/// A tensor may be in two shards if the index names the last of them: a change has put a new value beside the old one,
+/// and every loader keeps the last.
 pub(crate) fn tensors(shards: &Shards) -> Result<Tensors, CheckpointError> {
     let mut tensors = Tensors::default();
     let mut found_in = BTreeMap::<String, &Path>::new();
+    let mut earlier = BTreeMap::<String, &Path>::new();
     for path in &shards.files {
         let opened = shard::open(path)?;
         let names =
             opened.weights.iter().map(|(n, _)| n).chain(opened.other.iter().map(|o| &o.name));
         for name in names {
-            match found_in.entry(name.clone()) {
-                btree_map::Entry::Vacant(entry) => entry.insert(path),
-                btree_map::Entry::Occupied(entry) => return Err(in_two(name, entry.get(), path)),
-            };
+            if let Some(before) = found_in.insert(name.clone(), path) {
+                earlier.insert(name.clone(), before);
+            }
         }
         for (name, weight) in opened.weights {
+            if earlier.contains_key(&name) {
+                tensors.other.retain(|other| other.name != name);
+            }
             tensors.weights.insert(name, Arc::new(weight) as WeightRef);
         }
-        tensors.other.extend(opened.other);
+        for other in opened.other {
+            if earlier.contains_key(&other.name) {
+                tensors.weights.remove(&other.name);
+                tensors.other.retain(|o| o.name != other.name);
+            }
+            tensors.other.push(other);
+        }
+    }
+    for (name, before) in earlier {
+        let last = found_in.get(&name).copied().unwrap_or(before);
+        let listed = shards.index.as_ref().and_then(|(path, index)| {
+            Some(path.with_file_name("").join(index.weight_map.get(&name)?))
+        });
+        if listed.is_none_or(|listed| listed != last) {
+            return Err(in_two(&name, before, last));
+        }
     }
     if let Some((path, index)) = &shards.index {
         against_index(path, index, &found_in, &mut tensors.notes)?;

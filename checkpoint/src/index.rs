@@ -56,7 +56,7 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<Index, CheckpointError> {
 }
 
 /// Why `shard` may not be opened, if it may not.
-fn unsafe_name(shard: &str) -> Option<&'static str> {
+pub(crate) fn unsafe_name(shard: &str) -> Option<&'static str> {
     if shard.is_empty() {
         return Some("an empty name");
     }

@@ -10,14 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::error::CheckpointError;
+use crate::generation::switch::View;
+pub use crate::generation::{JOURNAL_NAME, JournalLine};
 use crate::publish::Interrupt;
 use crate::write::write_file;
 
 /// Where the manifest is, seen from the model folder.
 pub const MANIFEST_NAME: &str = ".moe-merge/manifest.json";
-
-/// Where the journal is: one line of JSON per generation, each with the hash of the line before.
-pub const JOURNAL_NAME: &str = ".moe-merge/journal.jsonl";
 
 /// The version of this program: the one of the workspace.
 pub const TOOL_VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -108,6 +107,17 @@ pub enum Problem {
         /// Its name.
         file: String,
     },
+    /// The journal, or the manifest of an older generation, is not as it was written.
+    History {
+        /// Its path.
+        file: String,
+        /// What is wrong.
+        what: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
 }
 
 impl std::fmt::Display for Problem {
@@ -121,30 +131,30 @@ impl std::fmt::Display for Problem {
                 write!(f, "`{file}` has hash {found}, expected {expected}")
             }
             Self::Unknown { file } => write!(f, "`{file}` is not in the manifest"),
+            Self::History { file, what, expected, found } => {
+                write!(f, "{what} (`{file}`): {found}, expected {expected}")
+            }
         }
     }
 }
 
 impl Manifest {
-    /// Reads the manifest of a model folder; `None` if it has none.
+    /// Reads the manifest of a model folder; `None` if it has none (a model in one file, GGUF, never has).
+    ///
+    /// While a change is under way, or after one whose process was killed, it is that of the generation that loaders
+    /// see.
     ///
     /// # Errors
     /// [`CheckpointError::Io`], [`CheckpointError::Malformed`].
     pub fn load(dir: &Path) -> Result<Option<Self>, CheckpointError> {
-        let path = dir.join(MANIFEST_NAME);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            // A model in one file (GGUF) has no folder, and no manifest.
-            Err(e)
-                if [std::io::ErrorKind::NotFound, std::io::ErrorKind::NotADirectory]
-                    .contains(&e.kind()) =>
-            {
-                return Ok(None);
-            }
-            Err(e) => return Err(CheckpointError::io("reading", &path, e)),
-        };
+        let (path, bytes) = View::of(dir)?.read(MANIFEST_NAME)?;
+        bytes.map(|bytes| Self::parse(&bytes, path)).transpose()
+    }
+
+    /// Reads a manifest; `path` is for messages.
+    pub(crate) fn parse(bytes: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
         let manifest: Self =
-            serde_json::from_slice(&bytes).map_err(|e| CheckpointError::Malformed {
+            serde_json::from_slice(bytes).map_err(|e| CheckpointError::Malformed {
                 what: "the manifest is not what this program writes".into(),
                 file: path.clone(),
                 tensor: None,
@@ -162,7 +172,13 @@ impl Manifest {
                 ),
             });
         }
-        Ok(Some(manifest))
+        Ok(manifest)
+    }
+
+    /// The text of its file, files sorted.
+    pub(crate) fn text(&mut self) -> String {
+        self.files.sort();
+        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
     }
 
     /// Writes the manifest and starts the journal with its generation. The last thing to do before publishing.
@@ -170,18 +186,14 @@ impl Manifest {
     /// # Errors
     /// [`CheckpointError::Io`], [`CheckpointError::NoRoom`].
     pub fn write(&mut self, dir: &Path) -> Result<(), CheckpointError> {
-        self.files.sort();
-        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
-        text.push('\n');
-        let record = write_file(dir, MANIFEST_NAME, text.as_bytes())?;
+        let record = write_file(dir, MANIFEST_NAME, self.text().as_bytes())?;
         let line = JournalLine {
             generation: self.generation,
             action: "build".into(),
-            previous: None,
             manifest: record.blake3,
+            ..JournalLine::default()
         };
-        let line = serde_json::to_string(&line).unwrap_or_default() + "\n";
-        write_file(dir, JOURNAL_NAME, line.as_bytes())?;
+        write_file(dir, JOURNAL_NAME, line.text().as_bytes())?;
         Ok(())
     }
 
@@ -224,7 +236,9 @@ impl Manifest {
                     .push(Problem::Missing { file: file.name.clone(), reason: e.to_string() }),
             }
         }
-        let known: BTreeSet<&str> = self.files.iter().map(|f| f.name.as_str()).collect();
+        let passing = View::of(dir)?.passing;
+        let known: BTreeSet<&str> =
+            self.files.iter().map(|f| &f.name).chain(&passing).map(String::as_str).collect();
         let mut unknown: Vec<String> = std::fs::read_dir(dir)
             .into_iter()
             .flatten()
@@ -236,19 +250,6 @@ impl Manifest {
         problems.extend(unknown.into_iter().map(|file| Problem::Unknown { file }));
         Ok(problems)
     }
-}
-
-/// One generation in the journal.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JournalLine {
-    /// Counts from 0.
-    pub generation: u32,
-    /// What made it: `build`, later `swap`, `finetune`, ….
-    pub action: String,
-    /// BLAKE3 of the line before, without its line end; none for the first.
-    pub previous: Option<String>,
-    /// BLAKE3 of the manifest of this generation.
-    pub manifest: String,
 }
 
 /// Hashes files, one thread of the pool per file; those named twice are read once.

@@ -341,7 +341,7 @@ fn sync_tree(folder: &Path) -> Result<(), CheckpointError> {
     sync_folder(folder)
 }
 
-fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+pub(crate) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
     File::open(folder)
         .and_then(|f| f.sync_all())
         .map_err(|e| CheckpointError::io("writing to disk", folder, e))

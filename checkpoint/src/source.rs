@@ -84,6 +84,9 @@ pub const SIDE_FILES: &[&str] = &[
     "generation_config.json",
 ];
 
+/// How often a model may be replaced while it is opened.
+const REPLACED: usize = 8;
+
 impl Source {
     /// Opens a model; relative paths are taken from `base_dir`, Hub names from the cache that the environment names.
     ///
@@ -131,7 +134,19 @@ impl Source {
         }
     }
 
+    /// Opens a folder; once more if its model was replaced by another generation meanwhile.
     fn open_folder(path: &Path) -> Result<Self, CheckpointError> {
+        for _ in 0..REPLACED {
+            let before = folder::stamp(path);
+            let opened = Self::open_folder_once(path);
+            if folder::stamp(path) == before {
+                return opened;
+            }
+        }
+        Self::open_folder_once(path)
+    }
+
+    fn open_folder_once(path: &Path) -> Result<Self, CheckpointError> {
         // The weights come first: a folder of another kind (an adapter, a GGUF file, PyTorch pickles) is told by them.
         let shards = folder::shards(path)?;
         let config = folder::config(path)?;

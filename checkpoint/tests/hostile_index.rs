@@ -133,6 +133,21 @@ fn tensor_in_two_shards() {
 }
 
 #[test]
+fn an_old_value_in_an_earlier_shard_is_not_seen() {
+    let dir = with_index(
+        r#"{"weight_map":{"a":"2.safetensors","b":"1.safetensors","c":"2.safetensors"}}"#,
+    );
+    shard(&dir.path().join("2.safetensors"), &["a", "c"]);
+    let source = open(".", dir.path()).unwrap();
+    assert!(source.tensors["a"].origin().0.ends_with("2.safetensors"));
+    assert!(source.notes.is_empty(), "{:?}", source.notes);
+    // The index says the first, loaders would keep the last.
+    let index = r#"{"weight_map":{"a":"1.safetensors","c":"2.safetensors"}}"#;
+    fs::write(dir.path().join(INDEX), index).unwrap();
+    refused(dir.path(), "tensor is in two shards", "2.safetensors", Some("a"), "one", "1.safe");
+}
+
+#[test]
 fn unlisted_tensor_is_noted() {
     let dir = with_index(r#"{"weight_map":{"a":"1.safetensors","c":"2.safetensors"}}"#);
     let source = open(".", dir.path()).unwrap();
@@ -143,14 +158,16 @@ fn unlisted_tensor_is_noted() {
 }
 
 #[test]
-fn single_file_beside_an_index_is_noted() {
+fn single_file_beside_an_index_is_read_as_loaders_do() {
     let dir = with_index(
         r#"{"weight_map":{"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}}"#,
     );
     shard(&dir.path().join("model.safetensors"), &["q"]);
     let source = open(".", dir.path()).unwrap();
-    assert!(!source.tensors.contains_key("q"));
-    assert!(source.notes[0].contains("`model.safetensors` is not in the index"));
+    assert_eq!(source.tensors.keys().collect::<Vec<_>>(), ["q"]);
+    assert!(source.notes[0].contains("`model.safetensors` is read"), "{:?}", source.notes);
+    fs::write(dir.path().join(INDEX), r#"{"weight_map":{"q":"model.safetensors"}}"#).unwrap();
+    assert!(open(".", dir.path()).unwrap().notes.is_empty());
 }
 
 #[test]

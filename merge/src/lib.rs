@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod build;
+pub mod calibrate;
 pub mod card;
 mod compose;
 pub mod config_out;

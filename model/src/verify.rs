@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+use moe_merge_checkpoint::generation;
 use moe_merge_checkpoint::manifest::{Manifest, Problem};
 use moe_merge_checkpoint::{CheckpointError, Interrupt, Source, Weight, WeightRef};
 use moe_merge_kernels::cast;
@@ -74,12 +75,16 @@ pub struct Verification {
     pub extra: Vec<String>,
     /// Files compared with the manifest; none if there is no manifest.
     pub hashed: Option<usize>,
+    /// The generation of the manifest.
+    pub generation: Option<u32>,
+    /// What a person should know that is no fault of the model.
+    pub notes: Vec<String>,
     /// What is wrong; empty for a whole model.
     pub findings: Vec<Finding>,
 }
 
-/// Checks that every tensor of `expected` is there with its shape, that all weights are finite, and that files are as
-/// the manifest says, if there is one. Everything wrong is listed.
+/// Checks that every tensor of `expected` is there with its shape, that all weights are finite, and that files and
+/// history are as manifest and journal say, if there are any. Everything wrong is listed.
 ///
 /// Tensors are read in parallel, each by blocks, and their pages are given back, so that memory stays bounded.
 ///
@@ -137,15 +142,20 @@ pub fn verify(
         .collect::<Result<_, CheckpointError>>()?;
     findings.extend(checked.into_iter().flatten());
     let manifest = Manifest::load(&source.path)?;
+    let mut notes = Vec::new();
     if let Some(manifest) = &manifest {
         let problems = manifest.check(&source.path, interrupt)?;
-        findings.extend(problems.into_iter().map(Finding::File));
+        let history = generation::check(&source.path, interrupt)?;
+        findings.extend(problems.into_iter().chain(history.problems).map(Finding::File));
+        notes = history.notes;
     }
     Ok(Verification {
         tensors: tensors.len(),
         bytes: tensors.iter().map(|(_, w)| w.size_in(w.dtype())).sum(),
         extra,
-        hashed: manifest.map(|m| m.files.len()),
+        hashed: manifest.as_ref().map(|m| m.files.len()),
+        generation: manifest.map(|m| m.generation),
+        notes,
         findings,
     })
 }

@@ -7,6 +7,7 @@ use moe_merge_merge::MergeError;
 use moe_merge_merge::build::{
     BuildOptions, BuildReport, DenseReport, Observer, Prepared, PreparedDense, RecipeText, Stage,
 };
+use moe_merge_merge::calibrate::RoutingReport;
 use moe_merge_merge::evaluate::Evaluation;
 use moe_merge_merge::families::Layout;
 use moe_merge_merge::recipe::{self, Recipe};
@@ -59,20 +60,22 @@ pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
-fn notes(warnings: &[String], common: &Common) {
+/// Notes on stderr.
+pub(super) fn notes(warnings: &[String], common: &Common) {
     if !common.quiet {
         warnings.iter().for_each(|w| render::note(w));
     }
 }
 
 /// A bar for each stage, one after the other.
-struct Bars {
+pub(super) struct Bars {
     bar: Mutex<Option<Progress>>,
     quiet: bool,
 }
 
 impl Bars {
-    fn new(common: &Common) -> Self {
+    /// Bars that show nothing if the user wants none.
+    pub fn new(common: &Common) -> Self {
         Self { bar: Mutex::new(None), quiet: common.quiet || common.json }
     }
 }
@@ -186,24 +189,34 @@ fn summary(report: &BuildReport) -> String {
         s.evaluate,
     );
     if let Some(forecast) = &report.forecast {
-        let rows = report.experts.iter().zip(&forecast.experts).map(|(name, e)| {
-            let rival = e.rival.map_or("-".into(), |r| report.experts[r.other].clone());
-            let cells = [percent(e.accuracy), percent(e.coverage), percent(Some(e.load)), rival];
-            (name.clone(), cells.to_vec())
-        });
-        text += "\nrouter, on prompts it had not seen\n";
-        let top_k = format!("in its top-{}", report.experts_per_token);
-        text += &table(&["own tokens first", &top_k, "load", "nearest rival"], rows);
-        if !forecast.chance_layers.is_empty() {
-            text += &format!("  no better than chance: layers {:?}\n", forecast.chance_layers);
-        }
-        for pair in &forecast.indistinguishable {
-            let (a, b) = (&report.experts[pair.expert], &report.experts[pair.other]);
-            text += &format!("  `{a}` and `{b}` cannot be told apart by their prompts\n");
-        }
+        text += &forecast_table(forecast, &report.experts, report.experts_per_token);
     }
     if let Some(evaluation) = &report.evaluation {
         text += &evaluation_tables(evaluation, &report.experts);
+    }
+    text
+}
+
+/// How well routers did on prompts that they had not seen.
+pub(super) fn forecast_table(
+    forecast: &RoutingReport,
+    experts: &[String],
+    experts_per_token: usize,
+) -> String {
+    let rows = experts.iter().zip(&forecast.experts).map(|(name, e)| {
+        let rival = e.rival.map_or("-".into(), |r| experts[r.other].clone());
+        let cells = [percent(e.accuracy), percent(e.coverage), percent(Some(e.load)), rival];
+        (name.clone(), cells.to_vec())
+    });
+    let mut text = "\nrouter, on prompts it had not seen\n".to_owned();
+    let top_k = format!("in its top-{experts_per_token}");
+    text += &table(&["own tokens first", &top_k, "load", "nearest rival"], rows);
+    if !forecast.chance_layers.is_empty() {
+        text += &format!("  no better than chance: layers {:?}\n", forecast.chance_layers);
+    }
+    for pair in &forecast.indistinguishable {
+        let (a, b) = (&experts[pair.expert], &experts[pair.other]);
+        text += &format!("  `{a}` and `{b}` cannot be told apart by their prompts\n");
     }
     text
 }
@@ -266,7 +279,10 @@ fn dense_summary(report: &DenseReport) -> String {
     )
 }
 
-fn versioned(report: serde_json::Result<serde_json::Value>) -> Result<serde_json::Value, Failure> {
+/// A report as a document with `version`.
+pub(super) fn versioned(
+    report: serde_json::Result<serde_json::Value>,
+) -> Result<serde_json::Value, Failure> {
     let report = report.map_err(|e| Failure::Output(e.into()))?;
     let mut document = json!({"version": 1});
     if let (Some(document), serde_json::Value::Object(fields)) = (document.as_object_mut(), report)

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use moe_merge_checkpoint::adapter::{self, AdapterInfo};
 use moe_merge_checkpoint::manifest::Manifest;
 use moe_merge_checkpoint::summary::ExpertLayout;
-use moe_merge_checkpoint::{Source, Summary};
+use moe_merge_checkpoint::{JournalLine, Source, Summary, generation};
 
 use crate::args::{Common, PathArgs};
 use crate::exit::Outcome;
@@ -199,6 +199,7 @@ fn text(source: &Source, summary: &Summary, manifest: Option<&Manifest>) -> Stri
     let side: Vec<&str> = source.side.iter().map(|s| s.name.as_str()).collect();
     fields.push(("side files", if side.is_empty() { "none".into() } else { side.join(", ") }));
     fields.extend(manifest.map(|m| ("provenance", provenance(m))));
+    fields.extend(history(source).map(|h| ("history", h)));
     if !source.notes.is_empty() {
         fields.push(("notes", source.notes.join("\n")));
     }
@@ -232,6 +233,21 @@ fn provenance(manifest: &Manifest) -> String {
     }
     lines.join("\n")
 }
+
+/// The generations, if the model was ever changed.
+fn history(source: &Source) -> Option<String> {
+    let lines = match generation::history(&source.path) {
+        Ok(lines) => lines,
+        Err(e) => return Some(format!("{e}; `moe-merge verify` tells more")),
+    };
+    let show = |line: &JournalLine| {
+        let time = line.time.as_ref().map(|t| format!(", {t}")).unwrap_or_default();
+        let why = line.message.as_ref().map(|m| format!(": {m}")).unwrap_or_default();
+        format!("{} {}{time}{why}", line.generation, line.action)
+    };
+    (lines.len() > 1).then(|| lines.iter().map(show).collect::<Vec<_>>().join("\n"))
+}
+
 /// Tensors that are no weights, with dtype and shape.
 fn others(source: &Source) -> Vec<String> {
     source.other.iter().map(ToString::to_string).collect()

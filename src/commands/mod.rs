@@ -1,6 +1,7 @@
 //! One file for each command.
 
 mod build;
+mod calibrate;
 mod completions;
 mod generate;
 mod inspect;
@@ -31,6 +32,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Perplexity(args) => perplexity::run(args, common),
         Command::Generate(args) => generate::run(args, common),
         Command::Route(args) => route::run(args, common),
+        Command::Calibrate(args) => calibrate::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }

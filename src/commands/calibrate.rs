@@ -1,0 +1,92 @@
+//! `calibrate PATH`: the routers of a MoE, computed anew.
+
+use serde_json::json;
+
+use moe_merge_merge::calibrate::{CalibrateOptions, CalibrateReport, Calibration};
+
+use super::build::{Bars, forecast_table, notes, versioned};
+use crate::args::{CalibrateArgs, Common};
+use crate::exit::{self, Outcome};
+use crate::render::{self, Failure, bytes, count};
+
+/// Makes the next generation, or tells what would be done.
+pub fn run(args: &CalibrateArgs, common: &Common) -> Result<Outcome, Failure> {
+    let options = CalibrateOptions {
+        estimator: args.estimator.clone(),
+        prompts: args.prompts.clone(),
+        prompt_tokens: args.prompt_tokens.map(|n| n as usize),
+        self_text: args.self_text,
+        seed: args.seed,
+        interrupt: exit::interrupt().clone(),
+    };
+    let calibration = Calibration::prepare(&args.path, options)?;
+    if args.dry_run {
+        return plan(&calibration, args, common);
+    }
+    let out = args.out.as_deref();
+    let report = calibration.run(args.message.as_deref(), out, &Bars::new(common))?;
+    notes(&report.warnings, common);
+    match common.json {
+        true => render::json(&versioned(serde_json::to_value(&report))?)?,
+        false => render::out(&summary(&report))?,
+    }
+    Ok(Outcome::Done)
+}
+
+fn plan(
+    calibration: &Calibration,
+    args: &CalibrateArgs,
+    common: &Common,
+) -> Result<Outcome, Failure> {
+    notes(calibration.notes(), common);
+    if common.json {
+        render::json(&json!({
+            "version": 1,
+            "output": args.out.as_ref().unwrap_or(&calibration.source().path),
+            "experts": calibration.experts(),
+            "layers": calibration.layers(),
+            "estimator": args.estimator,
+            "prompt_tokens": calibration.prompt_tokens(),
+            "self_text_tokens": args.self_text * calibration.experts().len(),
+            "warnings": calibration.notes(),
+        }))?;
+        return Ok(Outcome::Done);
+    }
+    let experts = calibration.experts();
+    let own = match args.self_text {
+        0 => String::new(),
+        n => format!(", {} written by the experts", count(n * experts.len())),
+    };
+    render::out(&format!(
+        "{}  {} layers, experts {}; `{}` on {} tokens{own}; nothing was written\n",
+        calibration.source().label,
+        calibration.layers(),
+        experts.join(", "),
+        args.estimator,
+        count(calibration.prompt_tokens()),
+    ))?;
+    Ok(Outcome::Done)
+}
+
+fn summary(report: &CalibrateReport) -> String {
+    let own = match report.self_text_tokens {
+        0 => String::new(),
+        n => format!(" ({} written by the experts)", count(n)),
+    };
+    let mut text = format!(
+        "{}  generation {}: {} routers of {} experts, `{}` on {} tokens{own}; {} written, routers {:.1} s, write {:.2} s\n",
+        report.output.display(),
+        report.generation,
+        report.layers,
+        report.experts.len(),
+        report.estimator,
+        count(report.prompt_tokens),
+        bytes(report.bytes_written),
+        report.seconds.routers,
+        report.seconds.write,
+    );
+    if let Some(forecast) = &report.forecast {
+        text += &forecast_table(forecast, &report.experts, report.experts_per_token);
+    }
+    text
+}
