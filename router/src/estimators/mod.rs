@@ -5,6 +5,7 @@ pub mod hidden;
 pub mod hidden_avg;
 pub mod hidden_last;
 pub mod logistic;
+pub mod output_matching;
 pub mod random;
 pub mod uniform_random;
 
