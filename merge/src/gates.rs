@@ -32,11 +32,14 @@ impl TokenPrompts {
 /// What gates are made from.
 #[derive(Debug)]
 pub struct GateRequest<'a> {
-    /// The model whose hidden states the gates are computed from.
+    /// The model whose hidden states the gates are computed from, unless `moe` is given.
     pub base: &'a Source,
+    /// The MoE itself, for learned gates that are to be fitted to its own stream, layer by layer; its routers are not
+    /// looked at.
+    pub moe: Option<&'a Source>,
     /// How.
     pub estimator: &'static Estimator,
-    /// Prompts of the routed experts, in order.
+    /// Prompts of the routed experts, in order; a generalist, which comes last, has none and is left out.
     pub experts: &'a [TokenPrompts],
     /// Prompts of the shared experts, if they have a gate.
     pub shared: &'a [TokenPrompts],
@@ -271,7 +274,7 @@ impl Made {
     }
 
     fn finish(self, request: &GateRequest<'_>) -> Routers {
-        let learned = matches!(request.estimator.method, Method::RouterInputs(_));
+        let learned = request.estimator.method.learned();
         let drawn = matches!(request.estimator.method, Method::Seed(_));
         let degenerate = if learned || drawn {
             Vec::new()
