@@ -296,6 +296,16 @@ impl Next {
             write_synced(&staging.join(name), text.as_bytes())?;
             self.pending.finish.push((name.to_owned(), to.to_owned()));
         }
+        if let Some(old) = &state.index {
+            // Its second name: the file itself is not touched when the new index takes its place.
+            let kept = staging.join("parent.index.json");
+            if fs::hard_link(old, &kept).is_err() {
+                let text = journal::read_optional(old)?.unwrap_or_default();
+                write_synced(&kept, &text)?;
+            }
+            let to = journal::old_index(state.manifest.generation);
+            self.pending.finish.push(("parent.index.json".into(), to));
+        }
         write_synced(&staging.join(INDEX_NAME), self.index.as_bytes())?;
         sync_folder(staging)
     }

@@ -236,6 +236,12 @@ impl View {
         Ok(view)
     }
 
+    /// Where a file of the history is, and its name.
+    pub fn find(&self, name: &str) -> (PathBuf, String) {
+        let staged = self.staged.get(name).filter(|path| path.exists()).cloned();
+        (staged.unwrap_or_else(|| self.folder.join(name)), name.to_owned())
+    }
+
     /// A file of the history by its name, and its bytes if it is there.
     pub fn read(&self, name: &str) -> Result<(PathBuf, Option<Vec<u8>>), CheckpointError> {
         if let Some(staged) = self.staged.get(name)
