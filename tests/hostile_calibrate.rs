@@ -87,7 +87,8 @@ fn killed_or_interrupted_at_any_time() {
             let stderr = String::from_utf8_lossy(&output.stderr);
             if name == "-INT" {
                 tidy(&folder);
-                assert!(matches!(output.status.code(), Some(0 | 130)), "{delay}: {stderr}");
+                // None: the signal came before the program had set its handler.
+                assert!(matches!(output.status.code(), None | Some(0 | 130)), "{delay}: {stderr}");
             }
             let now = generation(&folder);
             assert!(now == before || now == before + 1, "{delay} {name}: {before} to {now}");
