@@ -304,7 +304,7 @@ impl Calibration {
                 &starts,
                 SELF_TEXT_TOKENS,
                 sampling,
-                &tokenizer.eos_ids(),
+                tokenizer.eos_ids(),
                 &mut |_| {
                     interrupt.check().map_err(|e| {
                         stopped = Some(e);
