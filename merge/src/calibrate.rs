@@ -13,7 +13,7 @@ use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, SourceRef, WeightRef};
 use moe_merge_model::spec::{Mlp, MoeMlp};
-use moe_merge_model::{Sampling, Spec, sample_texts, self_text_starts};
+use moe_merge_model::Spec;
 
 use moe_merge_router::{Estimator, Method};
 use serde::Serialize;
@@ -25,6 +25,7 @@ use crate::documents::{
     read_labelled,
 };
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::self_text::Writing;
 
 mod alone;
 mod copy;
@@ -33,9 +34,6 @@ mod error;
 pub use alone::alone;
 pub use error::CalibrateError;
 pub use moe_merge_router::report::RoutingReport;
-
-/// Tokens of a text that an expert writes itself.
-const SELF_TEXT_TOKENS: usize = 120;
 
 /// What a person asks for.
 #[derive(Debug, Clone)]
@@ -158,7 +156,7 @@ impl Calibration {
                 };
                 let (labelled, left_out) = read_labelled(file, &names, unprompted)?;
                 let cutting = match estimator.method {
-                    Method::RouterInputs(_) => {
+                    method if method.learned() => {
                         Cutting::Budget(options.prompt_tokens.unwrap_or(DEFAULT_PROMPT_TOKENS))
                     }
                     _ => Cutting::Whole,
@@ -284,41 +282,17 @@ impl Calibration {
         }
         let encoder = Encoder::new(&self.source)?;
         let tokenizer = encoder.tokenizer();
-        let count = self.options.self_text.div_ceil(SELF_TEXT_TOKENS);
+        let writing = Writing {
+            tokenizer,
+            tokens: self.options.self_text,
+            seed: self.options.seed,
+            interrupt: &self.options.interrupt,
+        };
         let mut written = 0;
         for (expert, prompts) in self.prompts.iter_mut().enumerate() {
             let refused = || CalibrateError::SelfText { family: self.spec.family };
-            let starts =
-                self_text_starts(&prompts.positive, tokenizer, count).ok_or_else(refused)?;
             let source = alone::alone(&self.source, &self.spec, expert).ok_or_else(refused)?;
-            let sampling = Sampling {
-                temperature: 1.0,
-                // A stream for each expert, whatever the others do.
-                seed: self.options.seed.wrapping_add(expert as u64),
-                ..Sampling::default()
-            };
-            let interrupt = &self.options.interrupt;
-            let mut stopped = None;
-            let texts = sample_texts(
-                &source,
-                &starts,
-                SELF_TEXT_TOKENS,
-                sampling,
-                tokenizer.eos_ids(),
-                &mut |_| {
-                    interrupt.check().map_err(|e| {
-                        stopped = Some(e);
-                        moe_merge_model::ModelError::Stopped("no text was written".into())
-                    })
-                },
-            );
-            stopped.map_or(Ok(()), Err)?;
-            let texts = texts?;
-            let new = |(text, start): (&Vec<u32>, &Vec<u32>)| text.len() - start.len();
-            written += texts.iter().zip(&starts).map(new).sum::<usize>();
-            // A text that ended at once says nothing.
-            let own = usize::from(self.bos);
-            prompts.positive.extend(texts.into_iter().filter(|t| t.len() > own));
+            written += writing.add(&source, expert, prompts, &mut |_| {})?.ok_or_else(refused)?;
         }
         Ok(written)
     }
@@ -327,6 +301,7 @@ impl Calibration {
     fn fit(&self, observer: &dyn Observer) -> Result<Routers, CalibrateError> {
         let request = GateRequest {
             base: &self.source,
+            moe: Some(&self.source),
             estimator: self.estimator,
             experts: &self.prompts,
             shared: &[],

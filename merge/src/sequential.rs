@@ -1,7 +1,7 @@
 //! Learned routers, layer by layer on the stream of the merged model itself.
 
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::routing::Score;
+use moe_merge_kernels::Score;
 use moe_merge_model::spec::MoeMlp;
 use moe_merge_model::{FirstToken, ModelError, Outputs, RouterView, Spec, first_token, walk};
 use moe_merge_router::estimators::output_matching::{Anchor, Comparison, MatchOptions, fit};
