@@ -21,6 +21,8 @@ mod error;
 pub mod families;
 pub mod generate;
 mod layer;
+#[cfg(test)]
+mod layer_gradients;
 mod model;
 mod ops;
 pub mod perplexity;
