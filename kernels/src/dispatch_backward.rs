@@ -25,7 +25,7 @@ pub fn moe_backward(
     experts: &[ExpertView<'_>],
     activation: Activation,
     d_out: &[f32],
-    mut d_x: Option<&mut [f32]>,
+    d_x: Option<&mut [f32]>,
 ) -> Result<Vec<f32>, KernelError> {
     let (tokens, k) = (routing.tokens, routing.top_k);
     KernelError::check("routing ids", tokens * k, routing.ids.len())?;
@@ -71,7 +71,7 @@ pub fn moe_backward(
             linear_backward(&up, expert.up, d_rows, Into::Add)?;
         }
     }
-    if let Some(d_x) = d_x.as_deref_mut()
+    if let Some(d_x) = d_x
         && hidden > 0
     {
         for (token, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {
