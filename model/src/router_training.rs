@@ -12,7 +12,26 @@
 //! **Units.** The parameters are `W rms(z)`, with the root mean square of the layer's router inputs in the first batch
 //! (leading tokens left out), and a step changes each by at most about `learning_rate / hidden`. A logit `z . W_e` of a
 //! token of typical size therefore moves by at most about `learning_rate` in a step, whatever the scale of the features
-//! and the width of the model: 0.5 means half a nat of log odds.
+//! and the width of the model.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use moe_merge_checkpoint::Source;
+//! use moe_merge_model::router_training::*;
+//!
+//! struct Quiet;
+//! impl TrainingWatcher for Quiet {
+//!     fn progress(&mut self, _: &Progress<'_>) -> ControlFlow<()> {
+//!         ControlFlow::Continue(())
+//!     }
+//! }
+//! let source = Source::open(&"models/moe".parse()?, ".".as_ref())?;
+//! let start = TrainingState::new(stored_gates(&source)?);
+//! let text = TrainingText { tokens: &[1, 5, 7], expert: Some(0), held_out: false, skip: 1 };
+//! let trained = train_routers(&source, start, &[text], &RouterTraining::default(), &mut Quiet)?;
+//! println!("{:?} after {} steps", trained.stopped, trained.state.step);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -103,7 +122,7 @@ impl Default for RouterTraining {
     fn default() -> Self {
         Self {
             steps: 200,
-            learning_rate: 0.5,
+            learning_rate: 1.0,
             batch_tokens: 1024,
             objective: Objective::NextToken,
             load_balance: 0.0,
