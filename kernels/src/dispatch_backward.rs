@@ -46,8 +46,11 @@ pub fn moe_backward(
         }
         let pairs = &groups.order[from..to];
         let gather = |rows: &[f32]| {
-            let row = |pair: &u32| &rows[*pair as usize / k * hidden..][..hidden];
-            pairs.iter().flat_map(row).copied().collect::<Vec<f32>>()
+            let mut gathered = Vec::with_capacity(pairs.len() * hidden);
+            for pair in pairs {
+                gathered.extend_from_slice(&rows[*pair as usize / k * hidden..][..hidden]);
+            }
+            gathered
         };
         let inter = expert.gate.rows();
         let (input, d_rows) = (gather(x), gather(d_out));

@@ -115,6 +115,8 @@ pub struct RouterTraining {
     /// Tokens of a window, leading ones included; longer texts are cut.
     pub window: usize,
     /// Experts per token in training passes; the model's own number if absent. Held-out losses always use the model's.
+    /// With all experts every gate row learns from every token: from poor gates that is much faster (`models/tiny`, top-2
+    /// of 4, random start: held-out 1.096 instead of 1.143 nats after 25 steps, 1.083 instead of 1.089 after 100).
     pub top_k: Option<usize>,
 }
 
@@ -352,8 +354,11 @@ impl Places {
     /// Those rows of `x [tokens, hidden]`.
     fn gather(&self, x: &Tensor, hidden: usize) -> Result<Vec<f32>, ModelError> {
         let all = to_vec(x)?;
-        let row = |row: &usize| &all[row * hidden..(row + 1) * hidden];
-        Ok(self.rows.iter().flat_map(row).copied().collect())
+        let mut rows = Vec::with_capacity(self.rows.len() * hidden);
+        for row in &self.rows {
+            rows.extend_from_slice(&all[row * hidden..(row + 1) * hidden]);
+        }
+        Ok(rows)
     }
 }
 
