@@ -23,6 +23,8 @@ mod first_token;
 pub mod generate;
 mod lanes;
 mod layer;
+#[cfg(test)]
+mod layer_gradients;
 mod model;
 mod ops;
 pub mod perplexity;
