@@ -21,8 +21,8 @@ use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
     Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
 };
-use crate::write::{Provenance, write, write_dense};
 use crate::self_text::{DEFAULT_TOKENS, Writing};
+use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
 
 /// What a person asks for beside the recipe.
@@ -431,8 +431,7 @@ impl Prepared {
         observer: &dyn Observer,
     ) -> Result<Routers, MergeError> {
         let Some(other) = self.alternative.take() else { return Ok(without) };
-        let with =
-            self.gates_of(&other.0, observer).map_err(|e| self.origins.locate(e))?;
+        let with = self.gates_of(&other.0, observer).map_err(|e| self.origins.locate(e))?;
         let (Some(a), Some(b)) = (without.error, with.error) else { return Ok(without) };
         let pays = b < GENERALIST_PAYS * a;
         let verdict = if pays { "it is one of the experts" } else { "it is left out" };
@@ -554,7 +553,9 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
         || recipe.output.is_some()
         || recipe.seed != 0
         || !recipe.evaluation.is_empty()
-        || experts.into_iter().any(|e| e.name.is_some() || e.layers.is_some() || !e.prompts_files.is_empty());
+        || experts
+            .into_iter()
+            .any(|e| e.name.is_some() || e.layers.is_some() || !e.prompts_files.is_empty());
     if ours { Dialect::Own } else { Dialect::MergekitMoe }
 }
 

@@ -12,8 +12,8 @@ use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, SourceRef, WeightRef};
-use moe_merge_model::spec::{Mlp, MoeMlp};
 use moe_merge_model::Spec;
+use moe_merge_model::spec::{Mlp, MoeMlp};
 
 use moe_merge_router::{Estimator, Method};
 use serde::Serialize;

@@ -298,7 +298,9 @@ impl Made {
         if !last && bytes > 0 && bytes < WAITING {
             return Ok(());
         }
-        if let Method::RouterInputs(estimate) | Method::Matching(estimate) = request.estimator.method {
+        if let Method::RouterInputs(estimate) | Method::Matching(estimate) =
+            request.estimator.method
+        {
             let skip = if request.bos { hidden } else { 0 };
             let options = Options { top_k: request.top_k, ..Options::default() };
             let fits: Vec<Result<(usize, Fit), MergeError>> = std::mem::take(&mut self.waiting)
@@ -332,7 +334,14 @@ impl Made {
         let forecast = report::routing(self.fits.iter().map(|(layer, fit)| (*layer, fit)));
         let mut notes = notes(&self.fits);
         notes.extend(self.notes);
-        Routers { error: self.error, layers: self.gates, shared: self.shared, forecast, degenerate, notes }
+        Routers {
+            error: self.error,
+            layers: self.gates,
+            shared: self.shared,
+            forecast,
+            degenerate,
+            notes,
+        }
     }
 }
 

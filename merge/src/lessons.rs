@@ -59,7 +59,13 @@ impl Lessons {
     /// * `experts`: prompts of each, with bos if `bos`
     /// * `weights`: numbers in all layers of the model: what a token costs
     /// * `context`: tokens that the model takes at most
-    pub fn new(experts: &[TokenPrompts], bos: bool, weights: u64, context: usize, seed: u64) -> Self {
+    pub fn new(
+        experts: &[TokenPrompts],
+        bos: bool,
+        weights: u64,
+        context: usize,
+        seed: u64,
+    ) -> Self {
         let skip = usize::from(bos);
         let mut made = Vec::new();
         for (expert, prompts) in experts.iter().enumerate() {
@@ -89,7 +95,11 @@ impl Lessons {
             if own.len() > 1 && total < LONG_ENOUGH * own.len() {
                 let count = MOST_LONG.min(room * 4 / 5 / length.max(1));
                 for _ in 0..count {
-                    made.push((start(&joined(&own, length, &mut random), first), expert, Group::Whole));
+                    made.push((
+                        start(&joined(&own, length, &mut random), first),
+                        expert,
+                        Group::Whole,
+                    ));
                 }
             }
             let long: Vec<&&[u32]> = own.iter().filter(|p| p.len() > SHORT + 2).collect();
