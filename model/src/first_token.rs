@@ -22,11 +22,11 @@ const MOST_SETS: usize = 36;
 /// Shares of the first of two experts.
 const SHARES: [f32; 5] = [0.5, 0.1, 0.3, 0.7, 0.9];
 
-/// Multiplications that a search may take; with a larger model the shares are left out, then the search.
+/// Multiplications that a search may take; with a larger model there are fewer rounds, then only equal shares, then no search.
 const MOST_WORK: u64 = 400_000_000_000;
 
-/// Times that all layers are tried.
-const ROUNDS: usize = 3;
+/// Times that all layers are tried, at most.
+const ROUNDS: u64 = 12;
 
 /// For each MoE layer, how much weight each expert gets from the first token.
 pub type FirstToken = BTreeMap<usize, Vec<f32>>;
@@ -66,7 +66,8 @@ pub fn first_token(
     // Everything open: no choice of so few experts can be judged without a start.
     let mut best: FirstToken = moe.iter().map(|m| (m.0, vec![1.0 / count as f32; count])).collect();
     let mut value = f64::INFINITY;
-    for round in 0..ROUNDS {
+    let rounds = (MOST_WORK / work(source, &spec, moe.len() * choices.len()).max(1)).min(ROUNDS);
+    for round in 0..rounds {
         let tried = search.each_layer(&best, &choices, &targets)?;
         // Layers whose best choice helps most come first.
         let mut order: Vec<(usize, usize, f64)> = tried
