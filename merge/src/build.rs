@@ -45,6 +45,8 @@ pub enum Stage {
     SelfText,
     /// Computing gates, counted in layers.
     Gates,
+    /// Training routers, counted in steps.
+    Train,
     /// Writing, counted in bytes.
     Write,
     /// Scoring evaluation text, counted in tokens.

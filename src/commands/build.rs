@@ -85,6 +85,7 @@ impl Observer for Bars {
         let (unit, what) = match stage {
             Stage::SelfText => (Unit::Tokens, "experts write text"),
             Stage::Gates => (Unit::Layers, "computing routers"),
+            Stage::Train => (Unit::Steps, "training routers"),
             Stage::Write => (Unit::Bytes, "writing"),
             Stage::Evaluate => (Unit::Tokens, "scoring evaluation text"),
         };
