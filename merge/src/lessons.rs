@@ -34,7 +34,7 @@ const SHORT_SHARE: f64 = 0.15;
 const MOST_TOKENS: u64 = 24_000;
 
 /// Multiplications that the tokens beyond the prompts may cost, all experts computed for each.
-const MOST_WORK: u64 = 750_000_000_000;
+const MOST_WORK: u64 = 250_000_000_000;
 
 /// Sequences with what is wanted of their tokens.
 #[derive(Debug, Default)]
