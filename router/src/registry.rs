@@ -47,6 +47,24 @@ pub const ESTIMATORS: &[Estimator] = &[
         method: Method::RouterInputs(estimators::logistic::fit),
     },
     Estimator {
+        name: "ridge",
+        summary: "class-balanced ridge regression to one-hot targets on router inputs; penalty and scale from held-out prompts",
+        source: "Hoerl and Kennard 1970",
+        method: Method::RouterInputs(estimators::ridge::fit),
+    },
+    Estimator {
+        name: "lda",
+        summary: "linear discriminant analysis on router inputs with a shrunk, class-balanced covariance",
+        source: "Fisher 1936; shrinkage: Ledoit and Wolf 2004",
+        method: Method::RouterInputs(estimators::lda::fit),
+    },
+    Estimator {
+        name: "mean",
+        summary: "class means of router inputs, centred by the mean over classes",
+        source: "moe-merge",
+        method: Method::RouterInputs(estimators::mean::fit),
+    },
+    Estimator {
         name: "hidden",
         summary: "residual stream at the last position, mean over prompts, norm 1",
         source: "mergekit moe/router.py::get_gate_params",
