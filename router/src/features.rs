@@ -14,12 +14,21 @@ pub(crate) struct Features {
 }
 
 impl Features {
+    /// The span of the rows where it is at most half as wide as they are.
     pub fn new(table: &Table) -> Result<Self, RouterError> {
-        let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
         // The span costs one product of rows by rows; it pays where it makes every later pass at least twice as short.
-        if 2 * table.rows() > table.hidden {
-            return Ok(Self { width: table.hidden, x64: wide, x32: table.x.clone(), span: None });
-        }
+        if 2 * table.rows() > table.hidden { Ok(Self::whole(table)) } else { Self::in_span(table) }
+    }
+
+    /// The features as they are.
+    pub fn whole(table: &Table) -> Self {
+        let x64 = table.x.iter().map(|&v| f64::from(v)).collect();
+        Self { width: table.hidden, x64, x32: table.x.clone(), span: None }
+    }
+
+    /// Coordinates in the span of the rows, `rows` of them at most.
+    pub fn in_span(table: &Table) -> Result<Self, RouterError> {
+        let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
         let span = Span::new(&wide, table.rows(), table.hidden)?;
         Ok(Self {
             width: span.rank,

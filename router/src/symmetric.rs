@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::error::RouterError;
 
 /// Rows and columns of a tile: three of them stay in the second cache.
-pub(crate) const TILE: usize = 64;
+pub(crate) const TILE: usize = 128;
 
 /// How many tiles cover `width`.
 pub(crate) fn tiles(width: usize) -> usize {

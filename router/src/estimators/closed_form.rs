@@ -34,7 +34,10 @@ impl ClosedForm {
         grams: Grams,
     ) -> Result<Self, RouterError> {
         let table = Table::new(samples)?;
-        let features = Features::new(&table)?;
+        let features = match grams {
+            Grams::Needed => Features::new(&table)?,
+            Grams::Spared => Features::whole(&table),
+        };
         Self::of(table, features, options, grams)
     }
 

@@ -9,7 +9,7 @@ use crate::samples::{Fit, Options, Samples, Sign};
 
 /// Penalties tried, strongest first; features have unit RMS, class weights sum to one, so the mean eigenvalue of the second
 /// moments is 1.
-const PENALTIES: [f64; 9] = [30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003];
+const PENALTIES: [f64; 9] = [10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001];
 
 /// The penalty when no prompt can be held out.
 const WITHOUT_HELD_OUT: f64 = 1.0;

@@ -2,7 +2,6 @@ use super::*;
 use crate::estimators::corpus::{Corpus, accuracy, largest_difference};
 use crate::estimators::{lda, mean, random, ridge};
 use crate::samples::{Example, Sign};
-use crate::span::Span;
 use crate::symmetric::{Symmetric, tile_rows};
 
 type Estimate = fn(&Samples<'_>, &Options) -> Result<Fit, RouterError>;
@@ -137,18 +136,8 @@ fn both_forms(hidden: usize, estimate: impl Fn(&ClosedForm) -> Vec<f64>) -> [Vec
     samples.examples.push(Example { expert: 0, sign: Sign::Negative, inputs: &negative });
     let of = |dual: bool| {
         let table = Table::new(&samples).unwrap();
-        let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
-        let features = if dual {
-            let span = Span::new(&wide, table.rows(), hidden).unwrap();
-            Features {
-                width: span.rank,
-                x64: span.coordinates.clone(),
-                x32: span.coordinates.iter().map(|&v| v as f32).collect(),
-                span: Some((span, wide)),
-            }
-        } else {
-            Features { width: hidden, x64: wide, x32: table.x.clone(), span: None }
-        };
+        let features =
+            if dual { Features::in_span(&table).unwrap() } else { Features::whole(&table) };
         assert_eq!(dual, features.span.is_some());
         let form = ClosedForm::of(table, features, &Options::default(), Grams::Needed).unwrap();
         let rows = estimate(&form);

@@ -106,9 +106,8 @@ fn the_span_of_the_tokens_loses_nothing() {
     let targets: Vec<Target> =
         table.prompts.iter().flat_map(|p| std::iter::repeat_n(p.target, p.rows.len())).collect();
     let weights = Folds::new(&table, 8).weights(&table, None);
-    let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
     let dual = Features::new(&table).unwrap();
-    let primal = Features { width: 120, x64: wide, x32: table.x.clone(), span: None };
+    let primal = Features::whole(&table);
     assert!(dual.span.is_some() && dual.width <= table.rows());
     let of = |features: &Features| {
         let start = vec![0.0; 3 * features.width];
