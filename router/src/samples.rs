@@ -166,7 +166,7 @@ impl std::fmt::Display for Warning {
             ),
             Self::NoHeldOut { penalty } => write!(
                 f,
-                "no prompt could be held out: the penalty ({penalty}) is a cautious guess and quality is unknown; give each \
+                "no prompt could be held out: penalty ({penalty}) and sharpness are cautious guesses and quality is unknown; give each \
                  expert two prompts or more"
             ),
             Self::LogitsBounded { largest, bound } => {
