@@ -147,11 +147,7 @@ impl Learner<'_> {
         Ok(rows)
     }
 
-    fn matched(
-        &mut self,
-        view: &RouterView<'_>,
-        start: &Gate,
-    ) -> Result<Gate, RouterError> {
+    fn matched(&mut self, view: &RouterView<'_>, start: &Gate) -> Result<Gate, RouterError> {
         let first = self.first.as_ref().and_then(|f| f.get(&view.layer));
         let anchor = first.map(|weights| Anchor { input: &view.inputs[..start.hidden], weights });
         let comparison = Comparison {

@@ -81,7 +81,9 @@ impl Training<'_> {
     ) -> Result<(Gates, TrainSummary), MergeError> {
         let (train, held_out) = self.texts()?;
         let skip = usize::from(self.bos);
-        let text = |held_out| move |(tokens, expert): &'_ (Vec<u32>, usize)| (tokens.clone(), *expert, held_out);
+        let text = |held_out| {
+            move |(tokens, expert): &'_ (Vec<u32>, usize)| (tokens.clone(), *expert, held_out)
+        };
         let all: Vec<_> =
             train.iter().map(text(false)).chain(held_out.iter().map(text(true))).collect();
         let texts: Vec<TrainingText<'_>> = all

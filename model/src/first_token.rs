@@ -294,9 +294,7 @@ impl Search<'_> {
         let (mut totals, mut own) = (vec![LogSumExp::default(); rows], vec![0f64; rows]);
         self.logits(stream, |from, logits, width| {
             let target = &target[from..from + width];
-            for ((row, total), own) in
-                logits.chunks_exact(width).zip(&mut totals).zip(&mut own)
-            {
+            for ((row, total), own) in logits.chunks_exact(width).zip(&mut totals).zip(&mut own) {
                 total.add(row);
                 let pairs = row.iter().zip(target);
                 *own += pairs.map(|(&l, &t)| f64::from(l) * f64::from(t)).sum::<f64>();
