@@ -8,7 +8,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use moe_merge_kernels::{
-    Activation, AttentionSpec, Dtype, KeyValues, MatView, attention, cast, linear,
+    Activation, AttentionSpec, Dtype, KeyValues, MatView, attention, attention_backward, cast,
+    dense, linear, linear_backward,
 };
 use rayon::prelude::*;
 
@@ -104,6 +105,18 @@ fn prefill(threads: usize) {
                 "linear   {tokens:4} tokens x {rows:5} x {cols:5} {dtype:4}  {speed:7.1} GFLOP/s, {:5.1} % of {peak:.1}",
                 100.0 * speed / peak
             );
+            let (dy, mut dx) = (numbers(tokens * rows), vec![0.0; tokens * cols]);
+            let into = dense::Into::Overwrite;
+            let (time, limit) = in_turn(
+                &mut || linear_backward(&dy, weight, black_box(&mut dx), into).expect("sizes fit"),
+                &mut || square_products(&a, &b, black_box(&mut square), threads),
+            );
+            let speed = 2e-9 * (tokens * rows * cols) as f64 / time;
+            let peak = 2e-9 * (SIZE * SIZE * SIZE * threads) as f64 / limit;
+            println!(
+                "backward {tokens:4} tokens x {rows:5} x {cols:5} {dtype:4}  {speed:7.1} GFLOP/s, {:5.1} % of {peak:.1}",
+                100.0 * speed / peak
+            );
         }
     }
 }
@@ -167,7 +180,13 @@ fn rest() {
         &mut || attention(&q, kv, &spec, black_box(&mut out)).expect("sizes fit"),
         &mut || Activation::Silu.gate(black_box(&mut gate), &up),
     );
+    let d_out = numbers(tokens * 576);
+    let mut back = || {
+        black_box(attention_backward(&q, &k, &v, &d_out, &spec).expect("sizes fit"));
+    };
+    let (attended_back, _) = in_turn(&mut back, &mut || ());
     println!("attention 512 tokens, 9 heads of 64   {:7.2} ms", 1e3 * attended);
+    println!("attention backward, the same          {:7.2} ms", 1e3 * attended_back);
     println!("silu gate 512 tokens x 1536           {:7.2} ms", 1e3 * gated);
 }
 

@@ -12,7 +12,7 @@ use crate::norm::softmax;
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 64;
 
-/// Gradients of [`crate::attention`] over one whole sequence.
+/// Gradients of [`crate::attention()`] over one whole sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionGradients {
     /// `[tokens, heads * qk_dim]`.
@@ -23,7 +23,7 @@ pub struct AttentionGradients {
     pub v: Vec<f32>,
 }
 
-/// Gradients of [`crate::attention`] of a sequence to itself, with respect to queries, keys and values.
+/// Gradients of [`crate::attention()`] of a sequence to itself, with respect to queries, keys and values.
 ///
 /// Probabilities `p` are computed again, block by block: no score matrix is kept. With `do` the gradient of the output,
 /// `dp = do vᵀ`, `ds = p (dp - p . dp)` (times `1 - (s / cap)^2` under a softcap), `dq = scale ds k`, `dk = scale dsᵀ q`,

@@ -10,8 +10,8 @@ use crate::routing::Routing;
 
 /// Gradients of [`crate::moe_forward`] with respect to its input and to the weights of the chosen slots.
 ///
-/// For a pair of token `t` and expert `e` with weight `w`: `a = down_eᵀ d_out[t]`, `h = f(g) u` (`g`, `u` computed again),
-/// `dw = a . h`, `dh = w a`, `dx[t] += gate_eᵀ (dh u f'(g)) + up_eᵀ (dh f(g))`, pairs in slot order.
+/// For a pair of token `t` and expert `e` with weight `w`: `a = down_eᵀ d_out[t]`; `g`, `u` are computed again; `dw = a . f(g) u`,
+/// `dx[t] += gate_eᵀ (w a u f'(g)) + up_eᵀ (w a f(g))`, pairs in slot order.
 ///
 /// * `x`, `d_out`, `d_x` (overwritten; left out where it is not wanted): `[tokens, hidden]`
 /// * returns the gradient of the weights, `[tokens, top_k]`
@@ -25,7 +25,7 @@ pub fn moe_backward(
     experts: &[ExpertView<'_>],
     activation: Activation,
     d_out: &[f32],
-    mut d_x: Option<&mut [f32]>,
+    d_x: Option<&mut [f32]>,
 ) -> Result<Vec<f32>, KernelError> {
     let (tokens, k) = (routing.tokens, routing.top_k);
     KernelError::check("routing ids", tokens * k, routing.ids.len())?;
@@ -46,8 +46,11 @@ pub fn moe_backward(
         }
         let pairs = &groups.order[from..to];
         let gather = |rows: &[f32]| {
-            let row = |pair: &u32| &rows[*pair as usize / k * hidden..][..hidden];
-            pairs.iter().flat_map(row).copied().collect::<Vec<f32>>()
+            let mut gathered = Vec::with_capacity(pairs.len() * hidden);
+            for pair in pairs {
+                gathered.extend_from_slice(&rows[*pair as usize / k * hidden..][..hidden]);
+            }
+            gathered
         };
         let inter = expert.gate.rows();
         let (input, d_rows) = (gather(x), gather(d_out));
@@ -56,22 +59,23 @@ pub fn moe_backward(
         linear(&input, expert.up, None, &mut up)?;
         let mut d_h = vec![0.0; (to - from) * inter];
         linear_backward(&d_rows, expert.down, &mut d_h, Into::Overwrite)?;
-        let mut h = gate.clone();
-        activation.gate(&mut h, &up);
+        // a . f(g) u is (a f(g)) . u: the gradient of `up`, before its weight, gives that of the weight.
+        let (mut d_gate, mut d_up) = (gate, up.clone());
+        activation.gate_backward(&mut d_gate, &mut d_up, &d_h);
         for (i, &pair) in pairs.iter().enumerate() {
             let (weight, row) = (routing.weights[pair as usize], i * inter..(i + 1) * inter);
-            let d_h = &mut d_h[row.clone()];
-            d_weights[pair as usize] = dot(d_h, &h[row]);
-            d_h.iter_mut().for_each(|d| *d *= weight);
+            let (d_gate, d_up) = (&mut d_gate[row.clone()], &mut d_up[row.clone()]);
+            d_weights[pair as usize] = dot(d_up, &up[row]);
+            d_gate.iter_mut().for_each(|d| *d *= weight);
+            d_up.iter_mut().for_each(|d| *d *= weight);
         }
         if d_x.is_some() {
-            activation.gate_backward(&mut gate, &mut up, &d_h);
             let d_rows = &mut d_pairs[from * hidden..to * hidden];
-            linear_backward(&gate, expert.gate, d_rows, Into::Overwrite)?;
-            linear_backward(&up, expert.up, d_rows, Into::Add)?;
+            linear_backward(&d_gate, expert.gate, d_rows, Into::Overwrite)?;
+            linear_backward(&d_up, expert.up, d_rows, Into::Add)?;
         }
     }
-    if let Some(d_x) = d_x.as_deref_mut()
+    if let Some(d_x) = d_x
         && hidden > 0
     {
         for (token, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {

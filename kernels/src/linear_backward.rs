@@ -18,7 +18,7 @@ const ROWS: usize = 256;
 /// Multiply-adds below which handing work to other threads costs more than it gains.
 const ALONE_BELOW: usize = 1 << 18;
 
-/// Gradient of [`crate::linear`] with respect to its input: `dx[t, c] = sum_r dy[t, r] * w[r, c]`.
+/// Gradient of [`crate::linear()`] with respect to its input: `dx[t, c] = sum_r dy[t, r] * w[r, c]`.
 ///
 /// * `dy`: `[tokens, w.rows()]`; `dx`: `[tokens, w.cols()]`, overwritten or added to
 /// * f32 sums; the weight is read as stored and widened block by block

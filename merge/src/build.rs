@@ -19,8 +19,9 @@ use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Gates, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
-    Architecture, Attention, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
+    Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
 };
+use crate::self_text::{DEFAULT_TOKENS, Writing};
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
 
@@ -40,8 +41,12 @@ pub struct BuildOptions {
 /// A part of a build that takes time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// Experts writing text, counted in tokens.
+    SelfText,
     /// Computing gates, counted in layers.
     Gates,
+    /// Training routers, counted in steps.
+    Train,
     /// Writing, counted in bytes.
     Write,
     /// Scoring evaluation text, counted in tokens.
@@ -72,8 +77,10 @@ pub struct BuildReport {
     pub experts_per_token: usize,
     /// How the routers were made.
     pub gate_mode: String,
-    /// Tokens in all prompts.
+    /// Tokens in all prompts, what the experts wrote themselves included.
     pub prompt_tokens: usize,
+    /// Tokens that the experts wrote themselves.
+    pub self_text_tokens: usize,
     /// Forecast from held-out prompts, for learned gates.
     pub forecast: Option<moe_merge_router::report::RoutingReport>,
     /// Perplexities and loads, if the recipe gives evaluation text.
@@ -112,6 +119,12 @@ pub struct Prepared {
     domains: Vec<Domain>,
     origins: Origins,
     bos: bool,
+    /// Tokens that each expert writes, 0 for none.
+    self_text: Vec<usize>,
+    /// Whether gates are fitted to the merged model's own stream.
+    sequential: bool,
+    /// The same with the base as one more expert, where measuring decides.
+    alternative: Option<Box<(Assembly, Plan)>>,
     notes: Vec<String>,
     target: PathBuf,
     provenance: Provenance,
@@ -196,7 +209,8 @@ impl Prepared {
         if !recipe.base_tokenizer {
             check_tokenizers(recipe, &base, &experts).map_err(|e| origins.locate(e))?;
         }
-        let assembly = Assembly {
+        let generalist = recipe.generalist.unwrap_or(Choice::No);
+        let mut assembly = Assembly {
             base,
             experts,
             shared,
@@ -207,20 +221,44 @@ impl Prepared {
             layout: options.layout,
             seed: recipe.seed,
         };
-        let plan = Plan::new(&assembly).map_err(|e| origins.locate(e))?;
+        if generalist != Choice::No {
+            refuse_generalist(recipe, estimator, &assembly)?;
+        }
+        let (plan, alternative) = {
+            let plan = |assembly: &Assembly| Plan::new(assembly).map_err(|e| origins.locate(e));
+            match generalist {
+                Choice::No => (plan(&assembly)?, None),
+                Choice::Yes => {
+                    assembly = with_generalist(&assembly);
+                    (plan(&assembly)?, None)
+                }
+                Choice::Auto => {
+                    let other = with_generalist(&assembly);
+                    let planned = plan(&other)?;
+                    (plan(&assembly)?, Some(Box::new((other, planned))))
+                }
+            }
+        };
         let tokenizer = Tokenizers { base: &assembly.base, opened: None };
         let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)
             .map_err(|e| origins.locate(e))?;
         let base = &recipe.base_model;
+        let mut same_as_base: Vec<bool> =
+            recipe.experts.iter().map(|e| unchanged(e, base)).collect();
+        same_as_base.resize(assembly.experts.len(), true);
+        let self_text = prompts.experts.iter().map(|p| self_text_of(recipe, p)).collect();
         Ok(Self {
             plan,
             estimator,
+            self_text,
+            sequential: recipe.sequential != Some(Choice::No),
+            alternative,
             experts: prompts.experts,
             shared: prompts.shared,
             bos: prompts.bos,
             notes: prompts.notes,
             plain_base,
-            same_as_base: recipe.experts.iter().map(|e| unchanged(e, base)).collect(),
+            same_as_base,
             domains: Domain::read_all(&recipe.evaluation)?,
             target: text.target(options.out.as_ref(), recipe.output.as_ref()),
             provenance: Provenance {
@@ -281,7 +319,10 @@ impl Prepared {
         let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
 
         let clock = Instant::now();
+        let self_text_tokens = self.write_texts(observer).map_err(|e| self.origins.locate(e))?;
         let routers = self.gates(observer).map_err(|e| self.origins.locate(e))?;
+        let routers = self.with_or_without_generalist(routers, observer)?;
+        staging.need(self.plan.disk_bytes)?;
         self.provenance.report = forecast_lines(&routers, &self.names());
         seconds.gates = clock.elapsed().as_secs_f64();
 
@@ -317,6 +358,7 @@ impl Prepared {
             experts_per_token: self.assembly.top_k,
             gate_mode: self.estimator.name.into(),
             prompt_tokens: self.prompt_tokens(),
+            self_text_tokens,
             forecast: routers.forecast,
             evaluation,
             seconds,
@@ -328,19 +370,84 @@ impl Prepared {
         self.assembly.experts.iter().map(|e| e.name.clone()).collect()
     }
 
+    /// Lets the experts write what the recipe asks for, or what they need where they have no prompts.
+    fn write_texts(&mut self, observer: &dyn Observer) -> Result<usize, MergeError> {
+        let total: usize = self.self_text.iter().sum();
+        if total == 0 {
+            return Ok(0);
+        }
+        observer.stage(Stage::SelfText, total as u64);
+        let tokenizer = Tokenizer::from_source(&self.assembly.base)?;
+        let mut written = 0;
+        for (expert, &tokens) in self.self_text.iter().enumerate().filter(|(_, n)| **n > 0) {
+            let input = &self.assembly.experts[expert];
+            let writing = Writing {
+                tokenizer: &tokenizer,
+                tokens,
+                seed: self.assembly.seed,
+                interrupt: &self.options.interrupt,
+            };
+            let mut told = |tokens| observer.advance(tokens as u64);
+            let prompts = &mut self.experts[expert];
+            match writing.add(&input.source, expert, prompts, &mut told)? {
+                Some(tokens) => written += tokens,
+                None => self.notes.push(format!(
+                    "expert `{}` cannot write text: the tokenizer has no token that begins or ends one",
+                    input.name
+                )),
+            }
+        }
+        Ok(written)
+    }
+
     fn gates(&self, observer: &dyn Observer) -> Result<Routers, MergeError> {
+        self.gates_of(&self.assembly, observer)
+    }
+
+    fn gates_of(
+        &self,
+        assembly: &Assembly,
+        observer: &dyn Observer,
+    ) -> Result<Routers, MergeError> {
         observer.stage(Stage::Gates, self.plan.shape.dims.layers as u64);
+        let learned = self.estimator.method.learned() && self.sequential;
+        let moe = learned.then(|| merged(assembly)).transpose()?;
         let request = GateRequest {
-            base: &self.assembly.base,
+            base: &assembly.base,
+            moe: moe.as_ref(),
             estimator: self.estimator,
             experts: &self.experts,
             shared: &self.shared,
-            top_k: self.assembly.top_k,
-            seed: self.assembly.seed,
+            top_k: assembly.top_k,
+            seed: assembly.seed,
             bos: self.bos,
             interrupt: &self.options.interrupt,
         };
         gates::compute(&request, &mut |_| observer.advance(1))
+    }
+
+    /// Where measuring decides: routers with the base as one more expert too, and the better of the two.
+    fn with_or_without_generalist(
+        &mut self,
+        without: Routers,
+        observer: &dyn Observer,
+    ) -> Result<Routers, MergeError> {
+        let Some(other) = self.alternative.take() else { return Ok(without) };
+        let with = self.gates_of(&other.0, observer).map_err(|e| self.origins.locate(e))?;
+        let (Some(a), Some(b)) = (without.error, with.error) else { return Ok(without) };
+        let pays = b < GENERALIST_PAYS * a;
+        let verdict = if pays { "it is one of the experts" } else { "it is left out" };
+        self.notes.push(format!(
+            "a generalist changes the error of the layers' output from {:.1} % to {:.1} %: {verdict}",
+            100.0 * a,
+            100.0 * b
+        ));
+        if !pays {
+            return Ok(without);
+        }
+        (self.assembly, self.plan) = *other;
+        self.same_as_base.push(true);
+        Ok(with)
     }
 
     fn evaluate(
@@ -376,6 +483,61 @@ impl Prepared {
     }
 }
 
+/// A generalist is one more expert in every layer; it has to lower the error by a tenth to be worth its bytes.
+const GENERALIST_PAYS: f64 = 0.9;
+
+/// The name of the expert that is the base itself.
+const GENERALIST: &str = "generalist";
+
+/// The merged model in memory, in the layout with one tensor for each expert.
+fn merged(assembly: &Assembly) -> Result<Source, MergeError> {
+    let assembly = Assembly { layout: Layout::Hub, ..assembly.clone() };
+    Ok(Plan::new(&assembly)?.source(&assembly))
+}
+
+fn with_generalist(assembly: &Assembly) -> Assembly {
+    let mut all = assembly.clone();
+    all.experts.push(ExpertInput {
+        source: assembly.base.clone(),
+        name: GENERALIST.into(),
+        layers: None,
+        noise_scale: 0.0,
+        residual_scale: 1.0,
+    });
+    all
+}
+
+/// Only output matching finds tokens for an expert without text.
+fn refuse_generalist(
+    recipe: &MoeRecipe,
+    estimator: &moe_merge_router::Estimator,
+    assembly: &Assembly,
+) -> Result<(), MergeError> {
+    let (what, expected) = if assembly.experts.iter().any(|e| e.name == GENERALIST) {
+        ("an expert is called `generalist` already", "another name")
+    } else if !matches!(estimator.method, Method::Matching(_)) {
+        ("a generalist has no text to learn from", "`gate_mode: auto` or `match`")
+    } else if recipe.sequential == Some(Choice::No) {
+        ("a generalist has no text to learn from", "`sequential` left out, or true")
+    } else {
+        return Ok(());
+    };
+    let mut error = recipe.place.error(what);
+    error.path = "generalist".into();
+    error.expected = Some(expected.into());
+    Err(RecipeErrors(vec![error]).into())
+}
+
+/// Tokens that an expert writes: as the recipe says; without its word, what an expert without prompts needs.
+fn self_text_of(recipe: &MoeRecipe, prompts: &TokenPrompts) -> usize {
+    match recipe.self_text {
+        _ if !recipe.gate_mode.learned() => 0,
+        Some(tokens) => tokens,
+        None if prompts.positive.is_empty() => DEFAULT_TOKENS,
+        None => 0,
+    }
+}
+
 /// Whether mergekit-moe would read the recipe, too.
 fn dialect(recipe: &MoeRecipe) -> Dialect {
     let experts = recipe.experts.iter().chain(&recipe.shared_experts);
@@ -393,7 +555,9 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
         || recipe.output.is_some()
         || recipe.seed != 0
         || !recipe.evaluation.is_empty()
-        || experts.into_iter().any(|e| e.name.is_some() || e.layers.is_some() || !e.prompts_files.is_empty());
+        || experts
+            .into_iter()
+            .any(|e| e.name.is_some() || e.layers.is_some() || !e.prompts_files.is_empty());
     if ours { Dialect::Own } else { Dialect::MergekitMoe }
 }
 

@@ -12,10 +12,10 @@ use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, SourceRef, WeightRef};
+use moe_merge_model::Spec;
 use moe_merge_model::spec::{Mlp, MoeMlp};
-use moe_merge_model::{Sampling, Spec, sample_texts, self_text_starts};
 
-use moe_merge_router::{Estimator, Method};
+use moe_merge_router::{Estimator, Gate, Method};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -25,6 +25,8 @@ use crate::documents::{
     read_labelled,
 };
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::self_text::Writing;
+use crate::training::{TrainOptions, TrainSummary, Training};
 
 mod alone;
 mod copy;
@@ -33,9 +35,6 @@ mod error;
 pub use alone::alone;
 pub use error::CalibrateError;
 pub use moe_merge_router::report::RoutingReport;
-
-/// Tokens of a text that an expert writes itself.
-const SELF_TEXT_TOKENS: usize = 120;
 
 /// What a person asks for.
 #[derive(Debug, Clone)]
@@ -48,6 +47,8 @@ pub struct CalibrateOptions {
     pub prompt_tokens: Option<usize>,
     /// Tokens that each expert writes itself, about.
     pub self_text: usize,
+    /// Training after the estimator.
+    pub train: Option<TrainOptions>,
     /// Seed of everything random.
     pub seed: u64,
     /// Raised to stop.
@@ -96,8 +97,10 @@ pub struct CalibrateReport {
     pub prompt_tokens: usize,
     /// Tokens that the experts wrote themselves.
     pub self_text_tokens: usize,
-    /// Forecast from held-out prompts, for learned gates.
+    /// Forecast from held-out prompts, for learned gates; before any training.
     pub forecast: Option<RoutingReport>,
+    /// What training did.
+    pub training: Option<TrainSummary>,
     /// Bytes of the new shard and the new index.
     pub bytes_written: u64,
     /// Seconds for the routers, and for the new generation.
@@ -138,7 +141,8 @@ impl Calibration {
             return Err(CalibrateError::Dense { path: source.path.clone(), family });
         };
         let names = expert_names(&source.path, first.experts)?;
-        let drawn = matches!(estimator.method, Method::Seed(_));
+        // Training learns from text, whatever it starts from.
+        let drawn = matches!(estimator.method, Method::Seed(_)) && options.train.is_none();
         if !drawn && options.prompts.is_none() && options.self_text == 0 {
             return Err(CalibrateError::NoText { estimator: estimator.name });
         }
@@ -158,7 +162,7 @@ impl Calibration {
                 };
                 let (labelled, left_out) = read_labelled(file, &names, unprompted)?;
                 let cutting = match estimator.method {
-                    Method::RouterInputs(_) => {
+                    method if method.learned() => {
                         Cutting::Budget(options.prompt_tokens.unwrap_or(DEFAULT_PROMPT_TOKENS))
                     }
                     _ => Cutting::Whole,
@@ -224,13 +228,12 @@ impl Calibration {
         let staging = out.map(|out| Staging::new(out, Replace::Never)).transpose()?;
         let clock = Instant::now();
         let self_text_tokens = self.write_texts()?;
-        observer.stage(Stage::Gates, self.spec.layers.len() as u64);
-        let routers = self.fit(observer)?;
+        let (routers, training) = self.routers(observer)?;
         let mut seconds = Seconds { routers: clock.elapsed().as_secs_f64(), write: 0.0 };
 
         let clock = Instant::now();
         let tensors = self.new_tensors(&routers)?;
-        let details = self.details(&routers, self_text_tokens);
+        let details = self.details(&routers, self_text_tokens, training.as_ref());
         let folder = match &staging {
             Some(staging) => {
                 copy::copy(&self.source.path, staging.path(), &self.options.interrupt)?;
@@ -271,6 +274,7 @@ impl Calibration {
             prompt_tokens: self.prompts.iter().map(TokenPrompts::tokens).sum(),
             self_text_tokens,
             forecast: routers.forecast,
+            training,
             bytes_written: made.bytes_written,
             seconds,
             warnings,
@@ -279,54 +283,65 @@ impl Calibration {
 
     /// Lets each expert, alone in the model, write text of its own, which joins its prompts.
     fn write_texts(&mut self) -> Result<usize, CalibrateError> {
-        if self.options.self_text == 0 || matches!(self.estimator.method, Method::Seed(_)) {
+        if self.options.self_text == 0 {
             return Ok(0);
         }
         let encoder = Encoder::new(&self.source)?;
         let tokenizer = encoder.tokenizer();
-        let count = self.options.self_text.div_ceil(SELF_TEXT_TOKENS);
+        let writing = Writing {
+            tokenizer,
+            tokens: self.options.self_text,
+            seed: self.options.seed,
+            interrupt: &self.options.interrupt,
+        };
         let mut written = 0;
         for (expert, prompts) in self.prompts.iter_mut().enumerate() {
             let refused = || CalibrateError::SelfText { family: self.spec.family };
-            let starts =
-                self_text_starts(&prompts.positive, tokenizer, count).ok_or_else(refused)?;
             let source = alone::alone(&self.source, &self.spec, expert).ok_or_else(refused)?;
-            let sampling = Sampling {
-                temperature: 1.0,
-                // A stream for each expert, whatever the others do.
-                seed: self.options.seed.wrapping_add(expert as u64),
-                ..Sampling::default()
-            };
-            let interrupt = &self.options.interrupt;
-            let mut stopped = None;
-            let texts = sample_texts(
-                &source,
-                &starts,
-                SELF_TEXT_TOKENS,
-                sampling,
-                &tokenizer.eos_ids(),
-                &mut |_| {
-                    interrupt.check().map_err(|e| {
-                        stopped = Some(e);
-                        moe_merge_model::ModelError::Stopped("no text was written".into())
-                    })
-                },
-            );
-            stopped.map_or(Ok(()), Err)?;
-            let texts = texts?;
-            let new = |(text, start): (&Vec<u32>, &Vec<u32>)| text.len() - start.len();
-            written += texts.iter().zip(&starts).map(new).sum::<usize>();
-            // A text that ended at once says nothing.
-            let own = usize::from(self.bos);
-            prompts.positive.extend(texts.into_iter().filter(|t| t.len() > own));
+            written += writing.add(&source, expert, prompts, &mut |_| {})?.ok_or_else(refused)?;
         }
         Ok(written)
+    }
+
+    /// The estimator's gates, then trained ones where that is asked for. A training that was stopped goes on from its state.
+    fn routers(
+        &self,
+        observer: &dyn Observer,
+    ) -> Result<(Routers, Option<TrainSummary>), CalibrateError> {
+        let training = self.options.train.as_ref().map(|options| Training {
+            moe: &self.source,
+            experts: &self.prompts,
+            bos: self.bos,
+            seed: self.options.seed,
+            options,
+            interrupt: &self.options.interrupt,
+        });
+        let mut routers = if training.as_ref().is_some_and(Training::begun) {
+            let layers = vec![Gate::default(); self.spec.layers.len()];
+            Routers { layers, ..Routers::default() }
+        } else {
+            observer.stage(Stage::Gates, self.spec.layers.len() as u64);
+            self.fit(observer)?
+        };
+        let Some(training) = training else { return Ok((routers, None)) };
+        let start = self
+            .layers
+            .iter()
+            .map(|(layer, _)| (*layer, routers.layers[*layer].rows.clone()))
+            .collect();
+        let (gates, summary) = training.run(start, observer)?;
+        for (layer, rows) in gates {
+            let hidden = self.spec.hidden;
+            routers.layers[layer] = Gate { experts: rows.len() / hidden, hidden, rows };
+        }
+        Ok((routers, Some(summary)))
     }
 
     /// Gates of all layers, from what the MoE's own layers see.
     fn fit(&self, observer: &dyn Observer) -> Result<Routers, CalibrateError> {
         let request = GateRequest {
             base: &self.source,
+            moe: Some(&self.source),
             estimator: self.estimator,
             experts: &self.prompts,
             shared: &[],
@@ -370,7 +385,12 @@ impl Calibration {
     }
 
     /// What the journal keeps.
-    fn details(&self, routers: &Routers, self_text_tokens: usize) -> Value {
+    fn details(
+        &self,
+        routers: &Routers,
+        self_text_tokens: usize,
+        training: Option<&TrainSummary>,
+    ) -> Value {
         let tokens: Vec<usize> = self.prompts.iter().map(TokenPrompts::tokens).collect();
         let accuracy = routers.forecast.as_ref().map(|f| {
             let each: Vec<Option<f64>> = f.experts.iter().map(|e| e.accuracy).collect();
@@ -384,6 +404,7 @@ impl Calibration {
             "self_text_tokens": self_text_tokens,
             "seed": self.options.seed,
             "held_out_accuracy": accuracy,
+            "training": training,
         })
     }
 }

@@ -12,6 +12,7 @@ use moe_merge_router::{
 use rayon::prelude::*;
 
 use crate::error::MergeError;
+use crate::sequential::learn;
 
 /// The prompts of one expert as token ids, each beginning with bos where the tokenizer has one.
 #[derive(Debug, Clone, Default)]
@@ -32,11 +33,14 @@ impl TokenPrompts {
 /// What gates are made from.
 #[derive(Debug)]
 pub struct GateRequest<'a> {
-    /// The model whose hidden states the gates are computed from.
+    /// The model whose hidden states the gates are computed from, unless `moe` is given.
     pub base: &'a Source,
+    /// The MoE itself, for learned gates that are to be fitted to its own stream, layer by layer; its routers are not
+    /// looked at.
+    pub moe: Option<&'a Source>,
     /// How.
     pub estimator: &'static Estimator,
-    /// Prompts of the routed experts, in order.
+    /// Prompts of the routed experts, in order; a generalist, which comes last, has none and is left out.
     pub experts: &'a [TokenPrompts],
     /// Prompts of the shared experts, if they have a gate.
     pub shared: &'a [TokenPrompts],
@@ -51,7 +55,7 @@ pub struct GateRequest<'a> {
 }
 
 /// Gates of all layers, and what is known about them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Routers {
     /// One gate `[experts, hidden]` per layer.
     pub layers: Vec<Gate>,
@@ -59,6 +63,9 @@ pub struct Routers {
     pub shared: Vec<Gate>,
     /// Forecast from held-out prompts, for learned gates.
     pub forecast: Option<RoutingReport>,
+    /// Squared error of the layers' output on the prompts, over that of an expert chosen at random, where outputs were
+    /// matched.
+    pub error: Option<f64>,
     /// Layers whose rows point nearly the same way, for mergekit's modes.
     pub degenerate: Vec<DegenerateGate>,
     /// What the estimator noticed about the prompts, in words, each with the layers it concerns.
@@ -122,6 +129,7 @@ fn estimate_all(
     let spec = Spec::of(request.base)?;
     let (layers, hidden) = (spec.layers.len(), spec.hidden);
     let mut made = Made::default();
+    let sequential = request.moe.filter(|_| request.estimator.method.learned());
     match request.estimator.method {
         Method::Seed(draw) => {
             let count = request.experts.len();
@@ -148,7 +156,20 @@ fn estimate_all(
             }
             (0..layers).for_each(done);
         }
-        Method::Streams(_) | Method::RouterInputs(_) => {
+        Method::RouterInputs(_) | Method::Matching(_) if sequential.is_some() => {
+            let Some(moe) = sequential else { return Ok(made.finish(request)) };
+            let learned = learn(request, moe, done)?;
+            made.shared(request, hidden)?;
+            made.notes = learned.notes;
+            made.error = learned.error;
+            for (layer, gate, fit) in learned.layers {
+                // Layers without experts have no router; their place stays empty.
+                made.gates.resize(layer, Gate { experts: 0, hidden, rows: Vec::new() });
+                made.gates.push(gate);
+                made.fits.push((layer, fit));
+            }
+        }
+        Method::Streams(_) | Method::RouterInputs(_) | Method::Matching(_) => {
             let prompts = flatten(request);
             let mut failed = None;
             let ran = probe(request.base, &prompts, &mut |layer| {
@@ -198,6 +219,8 @@ struct Made {
     waiting: Vec<(usize, Vec<Vec<f32>>)>,
     /// Layers that were seen and not yet told of.
     seen: Vec<usize>,
+    notes: Vec<String>,
+    error: Option<f64>,
 }
 
 impl Made {
@@ -217,7 +240,7 @@ impl Made {
                 let prompts = sort_out(request.experts, streams);
                 self.gates.push(estimate(&prompts, hidden).map_err(stopped)?);
             }
-            Method::RouterInputs(_) => {
+            Method::RouterInputs(_) | Method::Matching(_) => {
                 self.waiting.push((probe.layer, probe.router_input[..routed].to_vec()));
             }
             Method::Seed(_) | Method::Embeddings(_) => {}
@@ -234,6 +257,34 @@ impl Made {
         Ok(())
     }
 
+    /// Gates of shared experts alone, from the base.
+    fn shared(&mut self, request: &GateRequest<'_>, hidden: usize) -> Result<(), MergeError> {
+        let prompts: Vec<Vec<u32>> = request
+            .shared
+            .iter()
+            .flat_map(|p| p.positive.iter().chain(&p.negative))
+            .cloned()
+            .collect();
+        if prompts.is_empty() {
+            return Ok(());
+        }
+        let mut failed = None;
+        let ran = probe(request.base, &prompts, &mut |layer| {
+            request.interrupt.check()?;
+            let own = sort_out(request.shared, layer.stream);
+            match estimators::hidden::gate(&own, hidden) {
+                Ok(gate) => self.shared.push(gate),
+                Err(source) => {
+                    failed = Some(MergeError::Router { layer: layer.layer, source });
+                    return Err(ModelError::Stopped("no gate could be made".into()));
+                }
+            }
+            Ok(())
+        });
+        failed.map_or(Ok(()), Err)?;
+        Ok(ran?)
+    }
+
     /// Fits the layers that wait, if they are many or there will be no more.
     fn fit(
         &mut self,
@@ -247,7 +298,9 @@ impl Made {
         if !last && bytes > 0 && bytes < WAITING {
             return Ok(());
         }
-        if let Method::RouterInputs(estimate) = request.estimator.method {
+        if let Method::RouterInputs(estimate) | Method::Matching(estimate) =
+            request.estimator.method
+        {
             let skip = if request.bos { hidden } else { 0 };
             let options = Options { top_k: request.top_k, ..Options::default() };
             let fits: Vec<Result<(usize, Fit), MergeError>> = std::mem::take(&mut self.waiting)
@@ -271,7 +324,7 @@ impl Made {
     }
 
     fn finish(self, request: &GateRequest<'_>) -> Routers {
-        let learned = matches!(request.estimator.method, Method::RouterInputs(_));
+        let learned = request.estimator.method.learned();
         let drawn = matches!(request.estimator.method, Method::Seed(_));
         let degenerate = if learned || drawn {
             Vec::new()
@@ -279,8 +332,16 @@ impl Made {
             report::degenerate(self.gates.iter().enumerate())
         };
         let forecast = report::routing(self.fits.iter().map(|(layer, fit)| (*layer, fit)));
-        let notes = notes(&self.fits);
-        Routers { layers: self.gates, shared: self.shared, forecast, degenerate, notes }
+        let mut notes = notes(&self.fits);
+        notes.extend(self.notes);
+        Routers {
+            error: self.error,
+            layers: self.gates,
+            shared: self.shared,
+            forecast,
+            degenerate,
+            notes,
+        }
     }
 }
 

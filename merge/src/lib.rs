@@ -28,12 +28,16 @@ mod error;
 pub mod evaluate;
 pub mod families;
 pub mod gates;
+mod lessons;
 pub mod methods;
 mod origins;
 pub mod plan;
 mod prompts;
 pub mod recipe;
+mod self_text;
+mod sequential;
 mod sources;
+pub mod training;
 pub mod write;
 
 pub use dense::dense;

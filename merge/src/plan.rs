@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use moe_merge_checkpoint::weight::Stacked;
+use moe_merge_checkpoint::weight::{OwnedWeight, Stacked};
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
 use serde_json::{Map, Value};
 
@@ -202,6 +202,31 @@ impl Plan {
             tensors,
             warnings,
         })
+    }
+}
+
+impl Plan {
+    /// The model that the plan describes, as if it had been written with routers of zeros: nothing is copied, weights that are
+    /// computed are computed when they are read.
+    pub fn source(&self, assembly: &Assembly) -> Source {
+        let tensors = self.tensors.iter().map(|tensor| {
+            let weight = match &tensor.content {
+                Content::Weight(weight) => weight.clone(),
+                Content::Router(_) | Content::SharedGate(_) => {
+                    Arc::new(OwnedWeight::zeros(&tensor.name, &tensor.shape, Dtype::F32))
+                }
+            };
+            (tensor.name.clone(), weight)
+        });
+        Source {
+            label: "the merged model".into(),
+            config: moe_merge_checkpoint::ConfigJson(self.config.clone()),
+            tensors: tensors.collect(),
+            other: Vec::new(),
+            files: Vec::new(),
+            notes: Vec::new(),
+            ..assembly.base.clone()
+        }
     }
 }
 

@@ -103,10 +103,11 @@ impl Prompts {
             let used: usize = positive.iter().map(|p| p.len() - bos).sum();
             for file in &expert.prompts_files {
                 notes.extend(documents::empty_note(&file.path, file.empty));
-                if file.of_others > 0 {
-                    let (path, n) = (file.path.display(), file.of_others);
-                    let label = expert.label();
-                    notes.push(format!("expert `{label}`: {n} documents of {path} are for others"));
+                if file.unclaimed > 0 {
+                    let (path, n) = (file.path.display(), file.unclaimed);
+                    notes.push(format!(
+                        "{path}: {n} documents are labelled for experts that do not name the file: left out"
+                    ));
                 }
             }
             let files = expert.prompts_files.iter().flat_map(|f| &f.documents);

@@ -235,7 +235,12 @@ fn prompts_files_in_lists_and_with_labels() {
     assert_eq!(in_files(&moe.experts[0]), ["one", "two", "P", "N", "p"]);
     assert_eq!(in_files(&moe.experts[1]), ["C", "N", "c"]);
     let file = &moe.experts[0].prompts_files[1];
-    assert_eq!((file.of_others, file.empty), (1, 1));
+    assert_eq!((file.unclaimed, file.empty), (0, 1));
+    let Ok(Recipe::Moe(moe)) = parse("[a.txt, all.jsonl]", "by.json") else { panic!("parses") };
+    assert_eq!(
+        moe.experts[0].prompts_files[1].unclaimed, 1,
+        "C is for code, which does not get it"
+    );
 
     let refused = |prose: &str, what: &str, path: &str, found: &str| {
         let error = parse(prose, "a.txt").map(|_| ()).unwrap_err().0.remove(0);

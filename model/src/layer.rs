@@ -92,6 +92,8 @@ pub(crate) enum Gating<'a> {
     Weights(OtherRouter<'a>),
     /// Nobody: every token has its expert, with the weight that a router gives to an expert it is certain of.
     Forced(&'a [u32]),
+    /// Nobody: every token has its experts and their weights.
+    Given(&'a Routing),
 }
 
 /// A router in the place of a layer's own.
@@ -188,13 +190,50 @@ impl Layer {
         past: Past<'_>,
         gating: Gating<'_>,
     ) -> Result<Passed, ModelError> {
+        let (x, mlp_input) = self.attended(spec, x, table, past)?;
+        self.fed(spec, &x, mlp_input, gating)
+    }
+
+    /// The first half of the way: the stream after attention, and the MLP's input.
+    pub fn attended(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        table: &RopeTable,
+        past: Past<'_>,
+    ) -> Result<(Tensor, Tensor), ModelError> {
         let attended = self.attend(spec, &self.input_norm.forward(x)?, table, past)?;
         let x = add(spec, x, attended, self.after.as_ref().map(|a| &a[0]))?;
         let mlp_input = self.mlp_norm.forward(&x)?;
+        Ok((x, mlp_input))
+    }
+
+    /// The second half, from what [`Layer::attended`] gave.
+    pub fn fed(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        mlp_input: Tensor,
+        gating: Gating<'_>,
+    ) -> Result<Passed, ModelError> {
         let Fed { out, routing, logits, routed } =
             self.feed(spec.activation, &mlp_input, gating)?;
-        let stream = add(spec, &x, out, self.after.as_ref().map(|a| &a[1]))?;
+        let stream = add(spec, x, out, self.after.as_ref().map(|a| &a[1]))?;
         Ok(Passed { stream, mlp_input, routing, logits, routed })
+    }
+
+    /// What every routed expert makes of `mlp_input`: one `[tokens, hidden]` each, none in a dense layer.
+    pub fn expert_outputs(
+        &self,
+        activation: Activation,
+        mlp_input: &Tensor,
+    ) -> Result<Vec<Tensor>, ModelError> {
+        match &self.mlp {
+            Feed::Dense(_) => Ok(Vec::new()),
+            Feed::Moe(moe) => {
+                moe.experts.iter().map(|e| mlp_forward(e, activation, mlp_input)).collect()
+            }
+        }
     }
 
     fn attend(
@@ -306,6 +345,7 @@ impl Layer {
                 self.routed(moe, apply2(x, weights, RouterLogits)?, rule)?
             }
             Gating::Forced(ids) => forced(ids, spec.router.scale)?,
+            Gating::Given(routing) => given(routing.clone())?,
         };
         let known = match gating {
             Gating::Weights(other) => other.known.cloned(),
@@ -350,9 +390,13 @@ struct Fed {
 /// One expert per token, given from outside.
 fn forced(ids: &[u32], weight: f32) -> Result<Choice, ModelError> {
     let weights = vec![weight; ids.len()];
-    let slots = Tensor::from_slice(&weights, (ids.len(), 1), &Device::Cpu)?;
-    let routing = Routing { tokens: ids.len(), top_k: 1, ids: ids.to_vec(), weights };
-    Ok((Arc::new(routing), slots, None))
+    given(Routing { tokens: ids.len(), top_k: 1, ids: ids.to_vec(), weights })
+}
+
+fn given(routing: Routing) -> Result<Choice, ModelError> {
+    let slots = (routing.tokens, routing.top_k);
+    let weights = Tensor::from_slice(&routing.weights, slots, &Device::Cpu)?;
+    Ok((Arc::new(routing), weights, None))
 }
 
 fn add(

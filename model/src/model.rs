@@ -152,12 +152,7 @@ impl Model {
 
     fn logits(&self, x: &Tensor) -> Result<Vec<f32>, ModelError> {
         let mut logits = to_vec(&self.head.forward(x)?)?;
-        if self.spec.logits_divisor != 1.0 {
-            logits.iter_mut().for_each(|l| *l /= self.spec.logits_divisor);
-        }
-        if let Some(cap) = self.spec.final_softcap {
-            logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
-        }
+        self.spec.finish_logits(&mut logits);
         Ok(logits)
     }
 }

@@ -12,7 +12,26 @@
 //! **Units.** The parameters are `W rms(z)`, with the root mean square of the layer's router inputs in the first batch
 //! (leading tokens left out), and a step changes each by at most about `learning_rate / hidden`. A logit `z . W_e` of a
 //! token of typical size therefore moves by at most about `learning_rate` in a step, whatever the scale of the features
-//! and the width of the model: 0.5 means half a nat of log odds.
+//! and the width of the model.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use moe_merge_checkpoint::Source;
+//! use moe_merge_model::router_training::*;
+//!
+//! struct Quiet;
+//! impl TrainingWatcher for Quiet {
+//!     fn progress(&mut self, _: &Progress<'_>) -> ControlFlow<()> {
+//!         ControlFlow::Continue(())
+//!     }
+//! }
+//! let source = Source::open(&"models/moe".parse()?, ".".as_ref())?;
+//! let start = TrainingState::new(stored_gates(&source)?);
+//! let text = TrainingText { tokens: &[1, 5, 7], expert: Some(0), held_out: false, skip: 1 };
+//! let trained = train_routers(&source, start, &[text], &RouterTraining::default(), &mut Quiet)?;
+//! println!("{:?} after {} steps", trained.stopped, trained.state.step);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -96,6 +115,8 @@ pub struct RouterTraining {
     /// Tokens of a window, leading ones included; longer texts are cut.
     pub window: usize,
     /// Experts per token in training passes; the model's own number if absent. Held-out losses always use the model's.
+    /// With all experts every gate row learns from every token: from poor gates that is much faster (`models/tiny`, top-2
+    /// of 4, random start: held-out 1.096 instead of 1.143 nats after 25 steps, 1.083 instead of 1.089 after 100).
     pub top_k: Option<usize>,
 }
 
@@ -103,7 +124,7 @@ impl Default for RouterTraining {
     fn default() -> Self {
         Self {
             steps: 200,
-            learning_rate: 0.5,
+            learning_rate: 1.0,
             batch_tokens: 1024,
             objective: Objective::NextToken,
             load_balance: 0.0,
@@ -333,8 +354,11 @@ impl Places {
     /// Those rows of `x [tokens, hidden]`.
     fn gather(&self, x: &Tensor, hidden: usize) -> Result<Vec<f32>, ModelError> {
         let all = to_vec(x)?;
-        let row = |row: &usize| &all[row * hidden..(row + 1) * hidden];
-        Ok(self.rows.iter().flat_map(row).copied().collect())
+        let mut rows = Vec::with_capacity(self.rows.len() * hidden);
+        for row in &self.rows {
+            rows.extend_from_slice(&all[row * hidden..(row + 1) * hidden]);
+        }
+        Ok(rows)
     }
 }
 

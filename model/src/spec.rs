@@ -227,6 +227,16 @@ impl Spec {
         })
     }
 
+    /// What comes after the head's product: division and soft cap, where the family has them.
+    pub(crate) fn finish_logits(&self, logits: &mut [f32]) {
+        if self.logits_divisor != 1.0 {
+            logits.iter_mut().for_each(|l| *l /= self.logits_divisor);
+        }
+        if let Some(cap) = self.final_softcap {
+            logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
+        }
+    }
+
     /// Every tensor that must be there, in the order of the model, under its name on the Hub.
     ///
     /// The head of a tied model is not among them: see [`Spec::optional_tensors`].

@@ -218,7 +218,7 @@ fn score(
             linear(states, block, None, &mut logits).map_err(ModelError::from)?;
             let rows = logits.par_chunks_mut(to - from).zip(places);
             rows.zip(totals).zip(own).for_each(|(((row, place), total), own)| {
-                finish_logits(spec, row);
+                spec.finish_logits(row);
                 total.add(row);
                 if (from..to).contains(&(place.next as usize)) {
                     *own = row[place.next as usize - from];
@@ -262,13 +262,4 @@ fn head_block(
         })
         .collect::<Result<(), ModelError>>()?;
     Ok((bytes.into(), Dtype::F32))
-}
-
-fn finish_logits(spec: &Spec, row: &mut [f32]) {
-    if spec.logits_divisor != 1.0 {
-        row.iter_mut().for_each(|l| *l /= spec.logits_divisor);
-    }
-    if let Some(cap) = spec.final_softcap {
-        row.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
-    }
 }

@@ -217,6 +217,12 @@ fn dense_models_and_bad_options_are_refused() {
     assert_eq!(parameter(RouterTraining { window: 129, ..base.clone() }), "window");
     assert_eq!(parameter(RouterTraining { top_k: Some(4), ..base.clone() }), "top_k");
     assert_eq!(parameter(RouterTraining { patience: 0, ..base.clone() }), "patience");
+    // Eight experts in four groups, two of which a token may choose from.
+    let grouped = checkpoint("deepseek_v2_yarn").unwrap();
+    let wide = RouterTraining { top_k: Some(5), ..base.clone() };
+    let of_grouped = stored_gates(&grouped).unwrap();
+    let error = router_gradient(&grouped, &of_grouped, &[text(&tokens)], &wide).unwrap_err();
+    assert!(matches!(error, TrainingError::Parameter { name: "top_k", .. }), "{error:?}");
     let refused = |text: TrainingText<'_>, options: &RouterTraining| {
         router_gradient(&source, &gates, &[text], options).unwrap_err()
     };

@@ -17,6 +17,15 @@ pub enum Method {
     Seed(fn(usize, usize, u64, u64) -> Gate),
     /// True router inputs of every token without bos; per layer.
     RouterInputs(fn(&Samples<'_>, &Options) -> Result<Fit, RouterError>),
+    /// As [`Method::RouterInputs`], then [`crate::estimators::output_matching::fit`] from there.
+    Matching(fn(&Samples<'_>, &Options) -> Result<Fit, RouterError>),
+}
+
+impl Method {
+    /// Whether it learns from router inputs.
+    pub fn learned(self) -> bool {
+        matches!(self, Self::RouterInputs(_) | Self::Matching(_))
+    }
 }
 
 /// A way to make gates.
@@ -36,9 +45,15 @@ pub struct Estimator {
 pub const ESTIMATORS: &[Estimator] = &[
     Estimator {
         name: "auto",
-        summary: "the estimator that measured best: at present `logistic`",
+        summary: "what measured best: the classifier that held-out prompts prefer, then output matching",
         source: "moe-merge",
-        method: Method::RouterInputs(estimators::logistic::fit),
+        method: Method::Matching(estimators::logistic::fit),
+    },
+    Estimator {
+        name: "match",
+        summary: "output matching: the layer's output as near as can be to that of the right expert, from `logistic`",
+        source: "moe-merge",
+        method: Method::Matching(estimators::logistic::fit),
     },
     Estimator {
         name: "logistic",

@@ -83,7 +83,9 @@ impl Bars {
 impl Observer for Bars {
     fn stage(&self, stage: Stage, total: u64) {
         let (unit, what) = match stage {
+            Stage::SelfText => (Unit::Tokens, "experts write text"),
             Stage::Gates => (Unit::Layers, "computing routers"),
+            Stage::Train => (Unit::Steps, "training routers"),
             Stage::Write => (Unit::Bytes, "writing"),
             Stage::Evaluate => (Unit::Tokens, "scoring evaluation text"),
         };

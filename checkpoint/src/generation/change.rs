@@ -6,14 +6,14 @@ use std::path::Path;
 
 use super::journal::{self, JOURNAL_NAME, JournalLine};
 use super::state::{self, State};
-use super::switch::{Pending, SINGLE, STAGING, clear_staging, write_synced};
+use super::switch::{NOTE, Pending, SINGLE, STAGING, clear_staging, sync_all};
 use super::{Change, Generation, NewTensors, name};
 use crate::error::CheckpointError;
 use crate::manifest::{FileRecord, MANIFEST_NAME, Manifest, TOOL_VERSION, hash_bytes};
-use crate::publish::{free_bytes, sync_folder};
+use crate::publish::free_bytes;
 use crate::write::{
     INDEX_NAME, OutTensor, SHARD_LIMIT, ShardName, ShardPlan, Watch, WrittenShard, split,
-    write_shards,
+    write_file, write_shards,
 };
 
 /// Room for index, manifest and journal beside the new shards.
@@ -287,17 +287,30 @@ impl Next {
             details: change.details.clone(),
         };
         let journal = format!("{}{}", state.journal, line.text());
-        let parent = journal::old_manifest(state.manifest.generation);
-        for (name, text, to) in [
-            ("parent.json", &state.manifest_text, parent.as_str()),
-            ("manifest.json", &manifest, MANIFEST_NAME),
-            ("journal.jsonl", &journal, JOURNAL_NAME),
-        ] {
-            write_synced(&staging.join(name), text.as_bytes())?;
-            self.pending.finish.push((name.to_owned(), to.to_owned()));
+        let mut staged = vec![staging.to_owned()];
+        let mut stage = |name: &str, text: &str| {
+            staged.push(staging.join(name));
+            write_file(staging, name, text.as_bytes())
+        };
+        stage("parent.json", &state.manifest_text)?;
+        stage("manifest.json", &manifest)?;
+        stage("journal.jsonl", &journal)?;
+        stage(INDEX_NAME, &self.index)?;
+        let finish = &mut self.pending.finish;
+        finish.push(("parent.json".into(), journal::old_manifest(state.manifest.generation)));
+        finish.push(("manifest.json".into(), MANIFEST_NAME.into()));
+        finish.push(("journal.jsonl".into(), JOURNAL_NAME.into()));
+        if let Some(old) = &state.index {
+            // Its second name: the file itself is not touched when the new index takes its place.
+            let kept = "parent.index.json";
+            if fs::hard_link(old, staging.join(kept)).is_err() {
+                let text = journal::read_optional(old)?.unwrap_or_default();
+                stage(kept, &String::from_utf8_lossy(&text))?;
+            }
+            finish.push((kept.into(), journal::old_index(state.manifest.generation)));
         }
-        write_synced(&staging.join(INDEX_NAME), self.index.as_bytes())?;
-        sync_folder(staging)
+        stage(NOTE, &self.pending.text())?;
+        sync_all(&staged)
     }
 }
 

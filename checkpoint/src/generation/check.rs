@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::journal::history;
-use super::switch::{STORE, blob};
+use super::journal::{history, old_index};
+use super::switch::{STORE, View, blob};
 use crate::error::CheckpointError;
-use crate::manifest::{Problem, hash_files};
+use crate::manifest::{FileRecord, Problem, hash_files};
 use crate::publish::Interrupt;
+use crate::write::INDEX_NAME;
 
 /// What a look at the history found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,20 +37,26 @@ pub fn check(folder: &Path, interrupt: &Interrupt) -> Result<Checked, Checkpoint
         Err(e) => return Err(e),
     };
     checked.generations = lines.len();
+    let view = View::of(folder)?;
     let mut seen = BTreeSet::new();
     for line in &lines {
-        for file in line.removed.iter().filter(|f| f.name.ends_with(".safetensors")) {
-            if !seen.insert(&file.blake3) {
+        for file in &line.removed {
+            let (stored, name) = match file.name == INDEX_NAME {
+                true => view.find(&old_index(line.parent.unwrap_or_default())),
+                false => {
+                    let name = format!("{STORE}/{}.safetensors", file.blake3);
+                    (blob(folder, &file.blake3), name)
+                }
+            };
+            if !seen.insert(name.clone()) {
                 continue;
             }
-            let (stored, name) =
-                (blob(folder, &file.blake3), format!("{STORE}/{}.safetensors", file.blake3));
-            // A file that only got another name, or came back, still lies in the model folder.
-            let here = |f: &&crate::manifest::FileRecord| {
-                f.blake3 == file.blake3 && folder.join(&f.name).exists()
-            };
             if !stored.exists() {
-                if !lines.iter().flat_map(|l| &l.added).any(|f| here(&f)) {
+                // A shard that only got another name, or came back, still lies in the model folder.
+                let here = |f: &FileRecord| {
+                    f.blake3 == file.blake3 && f.name != INDEX_NAME && folder.join(&f.name).exists()
+                };
+                if !here(file) && !lines.iter().flat_map(|l| &l.added).any(here) {
                     checked.notes.push(format!(
                         "`{name}` is gone (`{}` until generation {}): older generations cannot come back",
                         file.name, line.generation

@@ -91,6 +91,11 @@ pub(super) fn old_manifest(generation: u32) -> String {
     format!(".moe-merge/manifests/{generation}.json")
 }
 
+/// Where the index of an older generation is kept, if it had one.
+pub(super) fn old_index(generation: u32) -> String {
+    format!(".moe-merge/manifests/{generation}.index.json")
+}
+
 /// A file's bytes, `None` if it is not there.
 pub(crate) fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, CheckpointError> {
     use std::io::ErrorKind::{NotADirectory, NotFound};

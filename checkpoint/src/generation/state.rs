@@ -32,6 +32,8 @@ pub(super) struct State {
     pub weight_map: BTreeMap<String, String>,
     /// `metadata` of the index, with `total_size`.
     pub metadata: Map<String, Value>,
+    /// The index, if there is one.
+    pub index: Option<PathBuf>,
     /// Whether the model is one file without an index.
     pub single: bool,
     pub manifest: Manifest,
@@ -120,7 +122,17 @@ impl State {
             Some(known) => known,
             None => import(folder, &source, &shards, interrupt)?,
         };
-        Ok(Self { source, shards, weight_map, metadata, single, manifest, manifest_text, journal })
+        Ok(Self {
+            source,
+            shards,
+            weight_map,
+            metadata,
+            index: index_text.map(|_| index_path),
+            single,
+            manifest,
+            manifest_text,
+            journal,
+        })
     }
 
     /// The record of a file in the manifest.

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -29,10 +29,16 @@ pub(super) const SINGLE: &str = "model.safetensors";
 /// Where a change is prepared.
 pub(super) const STAGING: &str = ".moe-merge/staging";
 
+/// Where manifests and indices of older generations are.
+pub(super) const MANIFESTS: &str = ".moe-merge/manifests";
+
 /// Where shards of older generations are, each named by its hash.
 pub(super) const STORE: &str = ".moe-merge/store";
 
 const PENDING: &str = ".moe-merge/pending.json";
+
+/// The same while it is prepared.
+pub(super) const NOTE: &str = "pending.json";
 
 /// A change that is prepared.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,12 +116,14 @@ impl Pending {
         Ok(self.finish(folder).err())
     }
 
+    /// What [`Pending::run`] finds in the staging folder as [`NOTE`].
+    pub fn text(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
+    }
+
     fn announce(&self, folder: &Path) -> Result<(), CheckpointError> {
-        let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-        write_synced(&folder.join(STAGING).join("pending.json"), text.as_bytes())?;
-        sync_folder(&folder.join(STAGING))?;
         step("announce")?;
-        rename(&folder.join(STAGING).join("pending.json"), &folder.join(PENDING))?;
+        rename(&folder.join(STAGING).join(NOTE), &folder.join(PENDING))?;
         sync_folder(&folder.join(".moe-merge"))
     }
 
@@ -138,7 +146,9 @@ impl Pending {
             step("second name")?;
             link(&folder.join(SINGLE), &folder.join(name))?;
         }
-        sync_folder(folder)?;
+        let store = (!self.store.is_empty()).then(|| folder.join(STORE));
+        let places: Vec<PathBuf> = std::iter::once(folder.to_owned()).chain(store).collect();
+        sync_all(&places)?;
         step("switch")?;
         rename(&folder.join(STAGING).join(INDEX_NAME), &folder.join(INDEX_NAME))?;
         sync_folder(folder)
@@ -154,7 +164,6 @@ impl Pending {
             step("unlink")?;
             move_or_unlink(&folder.join(name), &blob(folder, hash))?;
         }
-        sync_folder(folder)?;
         for (from, to) in &self.finish {
             step("finish")?;
             let (from, to) = (folder.join(STAGING).join(from), folder.join(to));
@@ -166,7 +175,7 @@ impl Pending {
                 rename(&from, &to)?;
             }
         }
-        sync_folder(&folder.join(".moe-merge"))?;
+        sync_all(&[folder.to_owned(), folder.join(".moe-merge"), folder.join(MANIFESTS)])?;
         step("forget")?;
         self.forget(folder)
     }
@@ -190,8 +199,8 @@ impl Pending {
 
     fn forget(&self, folder: &Path) -> Result<(), CheckpointError> {
         clear_staging(folder)?;
-        remove(&folder.join(PENDING))?;
-        sync_folder(&folder.join(".moe-merge"))
+        // Should the disk forget that the note is gone, it only asks for what has been done already.
+        remove(&folder.join(PENDING))
     }
 }
 
@@ -236,6 +245,12 @@ impl View {
         Ok(view)
     }
 
+    /// Where a file of the history is, and its name.
+    pub fn find(&self, name: &str) -> (PathBuf, String) {
+        let staged = self.staged.get(name).filter(|path| path.exists()).cloned();
+        (staged.unwrap_or_else(|| self.folder.join(name)), name.to_owned())
+    }
+
     /// A file of the history by its name, and its bytes if it is there.
     pub fn read(&self, name: &str) -> Result<(PathBuf, Option<Vec<u8>>), CheckpointError> {
         if let Some(staged) = self.staged.get(name)
@@ -248,11 +263,16 @@ impl View {
     }
 }
 
-/// Writes a small file and waits until it is on the disk.
-pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    File::create(path)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .map_err(|e| CheckpointError::io("writing", path, e))
+/// Waits until files and folders are on the disk, all at the same time: a disk takes for several about as long as for
+/// one.
+pub(super) fn sync_all(paths: &[PathBuf]) -> Result<(), CheckpointError> {
+    std::thread::scope(|scope| {
+        let waiting: Vec<_> = paths.iter().map(|p| scope.spawn(|| sync_folder(p))).collect();
+        waiting.into_iter().try_for_each(|thread| {
+            // It cannot panic.
+            thread.join().unwrap_or(Err(CheckpointError::Interrupted))
+        })
+    })
 }
 
 /// Removes what a change was prepared in.

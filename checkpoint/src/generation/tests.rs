@@ -261,7 +261,7 @@ fn every_kind_of_folder_gets_generations() {
         // Every byte that was there still is, under this or another name.
         let kept: BTreeSet<String> = hashes(dir).into_values().collect();
         for (name, hash) in before {
-            let replaced = name.ends_with(INDEX_NAME) || name.ends_with("journal.jsonl");
+            let replaced = name.ends_with("journal.jsonl");
             assert!(replaced || kept.contains(&hash), "{kind:?} {}", name.display());
         }
         apply(dir, &routers(8.0, &[1])).unwrap();
@@ -308,6 +308,7 @@ fn only_what_changed_is_written() {
         MANIFEST_NAME.to_owned(),
         JOURNAL_NAME.to_owned(),
         ".moe-merge/manifests/0.json".to_owned(),
+        ".moe-merge/manifests/0.index.json".to_owned(),
         ".moe-merge/lock".to_owned(),
         format!(".moe-merge/store/{}.safetensors", old.blake3),
     ];
@@ -538,6 +539,11 @@ fn tampering_is_found() {
     let found = problems(dir.path());
     assert!(matches!(&found[..], [Problem::Hash { file, .. }] if file.contains(&stored.blake3)));
     fs::remove_file(path).unwrap();
+    let kept = dir.path().join(".moe-merge/manifests/1.index.json");
+    flip(&kept);
+    let found = problems(dir.path());
+    assert!(matches!(&found[..], [Problem::Hash { file, .. }] if file.ends_with("1.index.json")));
+    flip(&kept);
     let checked = check(dir.path(), &interrupt).unwrap();
     assert_eq!(checked.problems, []);
     assert!(checked.notes[0].contains(&stored.name), "{:?}", checked.notes);

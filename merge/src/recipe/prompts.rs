@@ -1,6 +1,6 @@
 //! Files of prompts that a recipe names, and the prompts of a recipe by themselves.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::RecipeErrors;
 use super::moe::Expert;
@@ -14,15 +14,15 @@ use crate::documents::{At, Document, Label, PromptFile};
 #[derive(Debug, Clone)]
 pub struct ExpertFile {
     /// The file.
-    pub path: std::path::PathBuf,
+    pub path: PathBuf,
     /// Where the recipe names it.
     pub place: Place,
     /// Its documents for this expert, at least one.
     pub documents: Vec<Document>,
     /// Documents without text, which are left out.
     pub empty: usize,
-    /// Documents whose label names another expert of the recipe.
-    pub of_others: usize,
+    /// Documents whose label names an expert that does not name this file, so that nobody gets them.
+    pub unclaimed: usize,
 }
 
 /// The prompts of one expert of a YAML file that may be a recipe.
@@ -81,7 +81,7 @@ impl Reader {
             match PromptFile::read(&file) {
                 Ok(PromptFile { path: file, documents, empty }) => {
                     let place = self.place(node.at, &path);
-                    files.push(ExpertFile { path: file, place, documents, empty, of_others: 0 });
+                    files.push(ExpertFile { path: file, place, documents, empty, unclaimed: 0 });
                 }
                 Err(reason) => {
                     let what = "the file of prompts cannot be used";
@@ -114,6 +114,10 @@ impl Reader {
             let number = || label.text.parse().ok().filter(|&n: &usize| n < count);
             if label.certain { named.or_else(number) } else { named }
         };
+        let files = |e: &Option<Expert>| -> Vec<PathBuf> {
+            e.iter().flat_map(|e| &e.prompts_files).map(|f| f.path.clone()).collect()
+        };
+        let named: Vec<_> = routed.iter().chain(shared.iter()).map(files).collect();
         for (i, expert) in routed.iter_mut().chain(shared.iter_mut()).flatten().enumerate() {
             for file in &mut expert.prompts_files {
                 let before = file.documents.len();
@@ -131,13 +135,13 @@ impl Reader {
                         .map(|n| format!("did you mean `{n}`?"));
                     continue;
                 }
-                // Two experts may have one label where neither has a name: then it tells them not apart.
-                let own = |d: &Document| {
-                    let theirs = d.label.as_ref().and_then(owner);
-                    theirs.is_none_or(|o| o == i || names[o] == names[i])
-                };
-                file.documents.retain(own);
-                file.of_others = before - file.documents.len();
+                let path = &file.path;
+                file.documents.retain(|d| {
+                    // Two experts may have one label where neither has a name: it does not tell them apart.
+                    let theirs = d.label.as_ref().and_then(owner).filter(|&o| names[o] != names[i]);
+                    file.unclaimed += usize::from(theirs.is_some_and(|o| !named[o].contains(path)));
+                    theirs.is_none()
+                });
                 if file.documents.is_empty() {
                     let what = "no document of the file is for this expert";
                     let error = self.error(file.place.at, &file.place.path, what);

@@ -87,6 +87,17 @@ fn options(network: &Network, options: &RouterTraining) -> Result<(), TrainingEr
     {
         return refused("top_k", format!("1 to {experts}"), top_k.to_string());
     }
+    for (layer, moe) in network.routers() {
+        let top_k = options.top_k.unwrap_or(moe.router.top_k);
+        if let Some((groups, kept)) = moe.router.groups
+            && top_k > moe.experts / groups.max(1) * kept
+        {
+            let most = moe.experts / groups.max(1) * kept;
+            let expected =
+                format!("at most {most}: layer {layer} chooses from {kept} of {groups} groups");
+            return refused("top_k", expected, top_k.to_string());
+        }
+    }
     let blind = network
         .routers()
         .all(|(_, moe)| moe.router.renormalise && options.top_k.unwrap_or(moe.router.top_k) == 1);

@@ -179,7 +179,7 @@ mod hex {
         let number = |digits: &[u8]| {
             std::str::from_utf8(digits)
                 .ok()
-                .filter(|d| d.len() == 8)
+                .filter(|d| d.len() == 8 && !d.starts_with('+'))
                 .and_then(|d| u32::from_str_radix(d, 16).ok())
                 .map(f32::from_bits)
                 .ok_or_else(|| D::Error::custom("expected eight hexadecimal digits per number"))
@@ -190,5 +190,71 @@ mod hex {
                 Ok((l, text.as_bytes().chunks(8).map(number).collect::<Result<_, _>>()?))
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn started(gate: &[f32]) -> TrainingState {
+        let mut state = TrainingState::new([(3, gate.to_vec())].into());
+        state.input_rms = [(3, vec![2.0])].into();
+        state
+    }
+
+    #[test]
+    fn a_first_step_is_the_rate_over_size_and_width() {
+        let mut state = started(&[1.0, 1.0, -1.0, 0.0]);
+        let options = RouterTraining { learning_rate: 0.8, steps: 2, ..RouterTraining::default() };
+        // Two experts, hidden 2, size 2: 0.8 / 4 against the sign of the gradient, whatever its size.
+        state.adam([(3, vec![5.0, -0.01, 3.0, 0.0])].into(), &options, 2);
+        for (w, wanted) in state.gates[&3].iter().zip([0.8, 1.2, -1.2, 0.0]) {
+            assert!((w - wanted).abs() < 1e-5, "{:?}", state.gates);
+        }
+        assert_eq!((state.step, state.start[&3][0]), (1, 1.0));
+        // Half way, the rate is 0.55 of it.
+        let before = state.gates[&3][0];
+        state.adam([(3, vec![5.0, -0.01, 3.0, 0.0])].into(), &options, 2);
+        assert!((before - state.gates[&3][0] - 0.55 * 0.2).abs() < 1e-5);
+    }
+
+    #[test]
+    fn the_anchor_pulls_relative_to_the_start() {
+        let mut gradient = [0.0, 0.0];
+        // Two times 0.5 times the distance 1, over |W0|^2 = 25.
+        pull(&mut gradient, &[4.0, 4.0], &[3.0, 4.0], 0.5, 1.0);
+        assert_eq!(gradient, [0.04, 0.0]);
+        pull(&mut gradient, &[1.0, 0.0], &[0.0, 0.0], 0.5, 0.5);
+        assert_eq!(gradient, [0.29, 0.0]);
+    }
+
+    #[test]
+    fn any_bits_come_back_from_text() {
+        let mut state = started(&[f32::MIN_POSITIVE / 3.0, -0.0, 1.0 / 3.0, f32::MAX]);
+        state.note(Evaluation {
+            step: 0,
+            loss: 1.0 / 3.0,
+            by_expert: vec![(None, 0.1), (Some(2), 3e-9)],
+        });
+        let text = serde_json::to_string(&state).unwrap();
+        assert!(text.contains(r#""gates":{"3":"002aaaab800000003eaaaaab7f7fffff"}"#), "{text}");
+        let back: TrainingState = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, state);
+        assert_eq!(back.gates[&3][1].to_bits(), (-0f32).to_bits());
+        for bad in ["002aaaab8", "002aaaag", "+02aaaab", "é02aaaa"] {
+            let text = text.replace("002aaaab800000003eaaaaab7f7fffff", bad);
+            assert!(serde_json::from_str::<TrainingState>(&text).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn patience_counts_from_the_least_loss() {
+        let mut state = started(&[1.0]);
+        for (step, loss) in [(0, 3.0), (5, 2.0), (10, 2.0), (15, 2.5)] {
+            (state.step, state.gates) = (step, [(3, vec![step as f32])].into());
+            state.note(Evaluation { step, loss, by_expert: Vec::new() });
+        }
+        assert_eq!((state.best_step, state.stale(), state.best[&3][0]), (5, 2, 5.0));
     }
 }

@@ -42,11 +42,11 @@ pub(super) struct Pieces {
 impl Pieces {
     /// Cuts texts into windows of at most `window` tokens, leading ones included.
     pub fn cut(texts: &[TrainingText<'_>], window: usize) -> Self {
-        let mut pieces = Self::default();
-        pieces.groups = texts.iter().map(|t| t.expert).collect();
-        pieces.groups.sort();
-        pieces.groups.dedup();
-        pieces.train = pieces.groups.iter().map(|_| Vec::new()).collect();
+        let mut groups: Vec<Option<usize>> = texts.iter().map(|t| t.expert).collect();
+        groups.sort();
+        groups.dedup();
+        let train = groups.iter().map(|_| Vec::new()).collect();
+        let mut pieces = Self { groups, train, ..Self::default() };
         let mut id = 0;
         for (number, text) in texts.iter().enumerate() {
             let skip = text.skip.min(text.tokens.len());

@@ -10,6 +10,7 @@ pub mod hidden_last;
 pub mod lda;
 pub mod logistic;
 pub mod mean;
+pub mod output_matching;
 pub mod random;
 pub mod ridge;
 pub mod uniform_random;
