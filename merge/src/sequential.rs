@@ -14,6 +14,9 @@ use crate::lessons::Lessons;
 /// Numbers that compare the experts' outputs in one layer, at most: beyond it routers classify, they do not match.
 const MOST_PRODUCTS: usize = 32 << 20;
 
+/// Tokens of each expert that classifiers are fitted to and judged by before outputs are matched, about.
+const CLASSIFIED: usize = 2000;
+
 /// The penalty of output matching for one token of prompts; measured on two kinds of models, with 1 200 to 20 000 tokens.
 const PENALTY: f64 = 0.02;
 
@@ -126,12 +129,20 @@ impl Learner<'_> {
         else {
             return Err(refused(RouterError::TooFewExperts { experts: 0 }));
         };
-        let examples = self.lessons.prompts.iter().map(|(expert, sign, rows)| Example {
-            expert: *expert,
-            sign: *sign,
-            inputs: &view.inputs[rows.start * hidden..rows.end * hidden],
-        });
         let labelled = self.request.experts.len();
+        // Matching sees everything; where it starts from, and the forecast, need no more than this.
+        let most = if view.outputs.is_empty() { usize::MAX } else { CLASSIFIED };
+        let mut used = vec![0; labelled];
+        let examples = self.lessons.prompts.iter().filter_map(|(expert, sign, rows)| {
+            let used = &mut used[*expert];
+            let more = *used < most;
+            *used += rows.len();
+            more.then(|| Example {
+                expert: *expert,
+                sign: *sign,
+                inputs: &view.inputs[rows.start * hidden..rows.end * hidden],
+            })
+        });
         let samples = Samples { experts: labelled, hidden, examples: examples.collect() };
         let options = Options { top_k: view.moe.router.top_k, ..Options::default() };
         let fit = estimate(&samples, &options).map_err(refused)?;

@@ -118,8 +118,13 @@ pub const ESTIMATORS: &[Estimator] = &[
     },
 ];
 
-/// The classifier that held-out prompts prefer.
+/// The classifier that held-out prompts prefer; for a wide model `logistic`, which needs no matrix of hidden by hidden for
+/// every group of prompts.
 fn best_classifier(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError> {
+    const WIDE: usize = 1024;
+    if samples.hidden > WIDE {
+        return estimators::logistic::fit(samples, options);
+    }
     Ok(best_of(samples, options, &["logistic", "ridge", "lda"])?.1)
 }
 
