@@ -25,7 +25,7 @@ const LONG_ENOUGH: usize = 96;
 const SHORT: usize = 24;
 
 /// Beginnings for each expert, at most.
-const MOST_SHORT: usize = 100;
+const MOST_SHORT: usize = 40;
 
 /// How much the beginnings count beside everything else.
 const SHORT_SHARE: f64 = 0.15;
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(at, lessons.tokens.len());
         assert_eq!(lessons.prompts.len(), 5);
         assert_eq!(lessons.prompts[0], (0, Sign::Positive, 1..41));
-        assert!(lessons.sequences.len() > 100, "beginnings and joined prompts");
+        assert!(lessons.sequences.len() > 60, "beginnings and joined prompts");
         assert!(lessons.sequences.iter().any(|s| s.len() == 1 + LONG));
     }
 
