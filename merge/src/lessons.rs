@@ -36,6 +36,11 @@ const MOST_TOKENS: u64 = 24_000;
 /// Multiplications that the tokens beyond the prompts may cost, all experts computed for each.
 const MOST_WORK: u64 = 250_000_000_000;
 
+/// Tokens that are made of prompts, at most, for a model with so many numbers in its layers.
+pub(crate) fn room(weights: u64) -> usize {
+    (MOST_WORK / weights.max(1)).min(MOST_TOKENS) as usize
+}
+
 /// Sequences with what is wanted of their tokens.
 #[derive(Debug, Default)]
 pub(crate) struct Lessons {
@@ -74,8 +79,7 @@ impl Lessons {
             made.extend(positive.chain(negative));
         }
         let prompts = made.len();
-        let room = (MOST_WORK / weights.max(1)).min(MOST_TOKENS) as usize;
-        let room = room / experts.len().max(1);
+        let room = room(weights) / experts.len().max(1);
         for (expert, prompts) in experts.iter().enumerate() {
             // A stream of its own: what one expert gets does not depend on the others.
             let mut random = ChaCha12Rng::seed_from_u64(seed);
