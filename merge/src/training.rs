@@ -12,6 +12,7 @@ use moe_merge_model::router_training::{
     Gates, Objective, Progress, RouterTraining, Stopped, TrainingError, TrainingState,
     TrainingText, TrainingWatcher, train_routers,
 };
+use moe_merge_model::spec::MoeMlp;
 use moe_merge_router::Sign;
 use serde::Serialize;
 
@@ -104,6 +105,7 @@ impl Training<'_> {
             z_loss: o.z_loss,
             seed: self.seed,
             evaluate_every: (o.steps / 20).clamp(1, 25),
+            top_k: self.top_k()?,
             ..RouterTraining::default()
         };
         let state = match &o.state {
@@ -140,6 +142,13 @@ impl Training<'_> {
             tokens_per_second: watcher.speed,
         };
         Ok((trained.state.best, summary))
+    }
+
+    /// One expert with weight 1 gives its router no gradient: then two are trained, and one is judged.
+    fn top_k(&self) -> Result<Option<usize>, MergeError> {
+        let spec = Spec::of(self.moe)?;
+        let single = |m: &MoeMlp| m.router.top_k == 1 && m.router.renormalise && m.experts > 1;
+        Ok(spec.moe_layers().any(|(_, m)| single(m)).then_some(2))
     }
 
     /// Texts to train on and texts held out, each with its expert. What is made of prompts is made of the former alone.
