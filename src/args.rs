@@ -247,6 +247,15 @@ pub struct EvaluateArgs {
     pub tokens: Option<u32>,
 }
 
+/// What router training follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Objective {
+    /// The predictions of the text's own expert
+    Distil,
+    /// The next token of the text
+    NextToken,
+}
+
 /// Arguments of `calibrate`.
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
@@ -264,6 +273,25 @@ pub struct CalibrateArgs {
     /// Most tokens for each expert from the file (20 000 by default)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub prompt_tokens: Option<u32>,
+    /// Then train the routers for at most so many steps of 1024 tokens, everything else frozen; one text in six is held
+    /// out, and training stops when that gains no more
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: Option<u32>,
+    /// What training follows: the expert whose text it is (its predictions), or the text itself
+    #[arg(long, value_enum, default_value_t = Objective::Distil, requires = "steps")]
+    pub objective: Objective,
+    /// Most that a step of training moves a typical router logit
+    #[arg(long, value_name = "NATS", default_value_t = 1.0, requires = "steps")]
+    pub learning_rate: f64,
+    /// Weight of the load-balancing loss in training
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "steps")]
+    pub load_balance: f64,
+    /// Weight of the z-loss in training
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "steps")]
+    pub z_loss: f64,
+    /// File that keeps the state of the training: if it was stopped, the same command goes on from there
+    #[arg(long, value_name = "FILE", requires = "steps")]
+    pub state: Option<PathBuf>,
     /// Seed of everything random
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,

@@ -13,6 +13,8 @@ pub enum Unit {
     Tokens,
     /// Layers of a model.
     Layers,
+    /// Steps of a training.
+    Steps,
 }
 
 /// A bar that shows what is done, what there is, and the time left.
@@ -32,6 +34,7 @@ impl Progress {
             Unit::Bytes => "{decimal_bytes}/{decimal_total_bytes}",
             Unit::Tokens => "{pos}/{len} tokens",
             Unit::Layers => "{pos}/{len} layers",
+            Unit::Steps => "{pos}/{len} steps",
         };
         let template = format!("{{bar:24}} {counts}  {{eta}} left  {{wide_msg}}");
         let style = ProgressStyle::with_template(&template);

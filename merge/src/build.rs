@@ -15,6 +15,7 @@ use crate::error::MergeError;
 use crate::evaluate::{Domain, Evaluation, evaluate};
 use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
+use crate::lessons::room;
 use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
@@ -47,6 +48,8 @@ pub enum Stage {
     SelfText,
     /// Computing gates, counted in layers.
     Gates,
+    /// Training routers, counted in steps.
+    Train,
     /// Writing, counted in bytes.
     Write,
     /// Scoring evaluation text, counted in tokens.
@@ -287,8 +290,20 @@ impl Prepared {
         let layer = |name: &str| name.starts_with("model.layers.0.");
         let tensors = self.assembly.base.tensors.iter().filter(|(name, _)| layer(name));
         let weights: u64 = tensors.map(|(_, w)| w.size_in(w.dtype())).sum();
+        let learned = self.estimator.method.learned() && self.sequential;
+        let experts = self.assembly.experts.len();
+        // All experts of a layer are there together, and a token takes the comparison of their outputs with it.
+        let (weights, made, compared) = if learned {
+            let layers: u64 =
+                self.plan.tensors.iter().map(|t| t.size() / t.dtype.size() as u64).sum();
+            (weights * experts as u64, room(layers), experts * experts)
+        } else {
+            (weights, 0, 0)
+        };
+        let tokens = self.prompt_tokens() + self.self_text.iter().sum::<usize>() + made;
         // The residual stream, the router's input and what attention and MLP hold for one batch beside them.
-        let states = (self.prompt_tokens() * (4 * dims.hidden + 2 * dims.intermediate) * 4) as u64;
+        let token = 4 * dims.hidden + 2 * dims.intermediate + compared;
+        let states = (4 * tokens * token) as u64;
         self.plan.peak_memory.max(weights + states)
     }
 
@@ -305,6 +320,11 @@ impl Prepared {
     /// Where it will be written.
     pub fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// Tokens that the experts will write themselves, about.
+    pub fn self_text_tokens(&self) -> usize {
+        self.self_text.iter().sum()
     }
 
     /// Tokens in all prompts.

@@ -15,7 +15,7 @@ use moe_merge_checkpoint::{CheckpointError, Dtype, Source, SourceRef, WeightRef}
 use moe_merge_model::Spec;
 use moe_merge_model::spec::{Mlp, MoeMlp};
 
-use moe_merge_router::{Estimator, Method};
+use moe_merge_router::{Estimator, Gate, Method};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -26,6 +26,7 @@ use crate::documents::{
 };
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::self_text::Writing;
+use crate::training::{TrainOptions, TrainSummary, Training};
 
 mod alone;
 mod copy;
@@ -46,6 +47,8 @@ pub struct CalibrateOptions {
     pub prompt_tokens: Option<usize>,
     /// Tokens that each expert writes itself, about.
     pub self_text: usize,
+    /// Training after the estimator.
+    pub train: Option<TrainOptions>,
     /// Seed of everything random.
     pub seed: u64,
     /// Raised to stop.
@@ -94,8 +97,10 @@ pub struct CalibrateReport {
     pub prompt_tokens: usize,
     /// Tokens that the experts wrote themselves.
     pub self_text_tokens: usize,
-    /// Forecast from held-out prompts, for learned gates.
+    /// Forecast from held-out prompts, for learned gates; before any training.
     pub forecast: Option<RoutingReport>,
+    /// What training did.
+    pub training: Option<TrainSummary>,
     /// Bytes of the new shard and the new index.
     pub bytes_written: u64,
     /// Seconds for the routers, and for the new generation.
@@ -136,7 +141,8 @@ impl Calibration {
             return Err(CalibrateError::Dense { path: source.path.clone(), family });
         };
         let names = expert_names(&source.path, first.experts)?;
-        let drawn = matches!(estimator.method, Method::Seed(_));
+        // Training learns from text, whatever it starts from.
+        let drawn = matches!(estimator.method, Method::Seed(_)) && options.train.is_none();
         if !drawn && options.prompts.is_none() && options.self_text == 0 {
             return Err(CalibrateError::NoText { estimator: estimator.name });
         }
@@ -222,13 +228,12 @@ impl Calibration {
         let staging = out.map(|out| Staging::new(out, Replace::Never)).transpose()?;
         let clock = Instant::now();
         let self_text_tokens = self.write_texts()?;
-        observer.stage(Stage::Gates, self.spec.layers.len() as u64);
-        let routers = self.fit(observer)?;
+        let (routers, training) = self.routers(observer)?;
         let mut seconds = Seconds { routers: clock.elapsed().as_secs_f64(), write: 0.0 };
 
         let clock = Instant::now();
         let tensors = self.new_tensors(&routers)?;
-        let details = self.details(&routers, self_text_tokens);
+        let details = self.details(&routers, self_text_tokens, training.as_ref());
         let folder = match &staging {
             Some(staging) => {
                 copy::copy(&self.source.path, staging.path(), &self.options.interrupt)?;
@@ -269,6 +274,7 @@ impl Calibration {
             prompt_tokens: self.prompts.iter().map(TokenPrompts::tokens).sum(),
             self_text_tokens,
             forecast: routers.forecast,
+            training,
             bytes_written: made.bytes_written,
             seconds,
             warnings,
@@ -277,7 +283,7 @@ impl Calibration {
 
     /// Lets each expert, alone in the model, write text of its own, which joins its prompts.
     fn write_texts(&mut self) -> Result<usize, CalibrateError> {
-        if self.options.self_text == 0 || matches!(self.estimator.method, Method::Seed(_)) {
+        if self.options.self_text == 0 {
             return Ok(0);
         }
         let encoder = Encoder::new(&self.source)?;
@@ -295,6 +301,40 @@ impl Calibration {
             written += writing.add(&source, expert, prompts, &mut |_| {})?.ok_or_else(refused)?;
         }
         Ok(written)
+    }
+
+    /// The estimator's gates, then trained ones where that is asked for. A training that was stopped goes on from its state.
+    fn routers(
+        &self,
+        observer: &dyn Observer,
+    ) -> Result<(Routers, Option<TrainSummary>), CalibrateError> {
+        let training = self.options.train.as_ref().map(|options| Training {
+            moe: &self.source,
+            experts: &self.prompts,
+            bos: self.bos,
+            seed: self.options.seed,
+            options,
+            interrupt: &self.options.interrupt,
+        });
+        let mut routers = if training.as_ref().is_some_and(Training::begun) {
+            let layers = vec![Gate::default(); self.spec.layers.len()];
+            Routers { layers, ..Routers::default() }
+        } else {
+            observer.stage(Stage::Gates, self.spec.layers.len() as u64);
+            self.fit(observer)?
+        };
+        let Some(training) = training else { return Ok((routers, None)) };
+        let start = self
+            .layers
+            .iter()
+            .map(|(layer, _)| (*layer, routers.layers[*layer].rows.clone()))
+            .collect();
+        let (gates, summary) = training.run(start, observer)?;
+        for (layer, rows) in gates {
+            let hidden = self.spec.hidden;
+            routers.layers[layer] = Gate { experts: rows.len() / hidden, hidden, rows };
+        }
+        Ok((routers, Some(summary)))
     }
 
     /// Gates of all layers, from what the MoE's own layers see.
@@ -345,7 +385,12 @@ impl Calibration {
     }
 
     /// What the journal keeps.
-    fn details(&self, routers: &Routers, self_text_tokens: usize) -> Value {
+    fn details(
+        &self,
+        routers: &Routers,
+        self_text_tokens: usize,
+        training: Option<&TrainSummary>,
+    ) -> Value {
         let tokens: Vec<usize> = self.prompts.iter().map(TokenPrompts::tokens).collect();
         let accuracy = routers.forecast.as_ref().map(|f| {
             let each: Vec<Option<f64>> = f.experts.iter().map(|e| e.accuracy).collect();
@@ -359,6 +404,7 @@ impl Calibration {
             "self_text_tokens": self_text_tokens,
             "seed": self.options.seed,
             "held_out_accuracy": accuracy,
+            "training": training,
         })
     }
 }

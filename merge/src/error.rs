@@ -1,6 +1,7 @@
 //! What can go wrong between a recipe and its output.
 
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+use moe_merge_model::router_training::TrainingError;
 use moe_merge_model::{ModelError, TextError};
 use moe_merge_router::RouterError;
 
@@ -22,6 +23,9 @@ pub enum MergeError {
     /// Text that cannot be tokenised, or a tokenizer that cannot be read.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// Routers that cannot be trained.
+    #[error(transparent)]
+    Training(#[from] TrainingError),
     /// A file of prompts.
     #[error(transparent)]
     Documents(#[from] DocumentError),
@@ -93,6 +97,7 @@ impl Explain for MergeError {
             Self::Model(e) => e.kind(),
             Self::Text(e) => e.kind(),
             Self::Documents(e) => e.kind(),
+            Self::Training(e) => e.kind(),
             Self::Router { .. } => Kind::Usage,
             Self::Incompatible { .. } => Kind::Usage,
             Self::At { error, .. } => error.kind(),
@@ -106,6 +111,7 @@ impl Explain for MergeError {
             Self::Model(e) => e.fields(),
             Self::Text(e) => e.fields(),
             Self::Documents(e) => e.fields(),
+            Self::Training(e) => e.fields(),
             Self::Router { .. } => Vec::new(),
             Self::Incompatible { first, second, expected, found, recipe, .. } => {
                 let alone = second.starts_with("output family");
@@ -131,6 +137,7 @@ impl Explain for MergeError {
             Self::Model(e) => e.hint(),
             Self::Text(e) => e.hint(),
             Self::Documents(e) => e.hint(),
+            Self::Training(e) => e.hint(),
             Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
             Self::At { error, .. } => error.hint(),

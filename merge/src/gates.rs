@@ -55,7 +55,7 @@ pub struct GateRequest<'a> {
 }
 
 /// Gates of all layers, and what is known about them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Routers {
     /// One gate `[experts, hidden]` per layer.
     pub layers: Vec<Gate>,

@@ -25,7 +25,7 @@ const LONG_ENOUGH: usize = 96;
 const SHORT: usize = 24;
 
 /// Beginnings for each expert, at most.
-const MOST_SHORT: usize = 100;
+const MOST_SHORT: usize = 40;
 
 /// How much the beginnings count beside everything else.
 const SHORT_SHARE: f64 = 0.15;
@@ -34,7 +34,12 @@ const SHORT_SHARE: f64 = 0.15;
 const MOST_TOKENS: u64 = 24_000;
 
 /// Multiplications that the tokens beyond the prompts may cost, all experts computed for each.
-const MOST_WORK: u64 = 750_000_000_000;
+const MOST_WORK: u64 = 250_000_000_000;
+
+/// Tokens that are made of prompts, at most, for a model with so many numbers in its layers.
+pub(crate) fn room(weights: u64) -> usize {
+    (MOST_WORK / weights.max(1)).min(MOST_TOKENS) as usize
+}
 
 /// Sequences with what is wanted of their tokens.
 #[derive(Debug, Default)]
@@ -74,8 +79,7 @@ impl Lessons {
             made.extend(positive.chain(negative));
         }
         let prompts = made.len();
-        let room = (MOST_WORK / weights.max(1)).min(MOST_TOKENS) as usize;
-        let room = room / experts.len().max(1);
+        let room = room(weights) / experts.len().max(1);
         for (expert, prompts) in experts.iter().enumerate() {
             // A stream of its own: what one expert gets does not depend on the others.
             let mut random = ChaCha12Rng::seed_from_u64(seed);
@@ -196,7 +200,7 @@ mod tests {
         assert_eq!(at, lessons.tokens.len());
         assert_eq!(lessons.prompts.len(), 5);
         assert_eq!(lessons.prompts[0], (0, Sign::Positive, 1..41));
-        assert!(lessons.sequences.len() > 100, "beginnings and joined prompts");
+        assert!(lessons.sequences.len() > 60, "beginnings and joined prompts");
         assert!(lessons.sequences.iter().any(|s| s.len() == 1 + LONG));
     }
 

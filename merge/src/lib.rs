@@ -38,6 +38,7 @@ pub mod recipe;
 mod self_text;
 mod sequential;
 mod sources;
+pub mod training;
 pub mod write;
 
 pub use dense::dense;

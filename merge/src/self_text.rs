@@ -45,7 +45,7 @@ impl Writing<'_> {
         let sampling = Sampling { temperature: 1.0, seed, ..Sampling::default() };
         let mut stopped = None;
         let eos = self.tokenizer.eos_ids();
-        let texts = sample_texts(source, &starts, TEXT_TOKENS, sampling, &eos, &mut |tokens| {
+        let texts = sample_texts(source, &starts, TEXT_TOKENS, sampling, eos, &mut |tokens| {
             told(tokens);
             self.interrupt.check().map_err(|e| {
                 stopped = Some(e);

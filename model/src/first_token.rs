@@ -7,13 +7,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::Routing;
+use moe_merge_kernels::{LogSumExp, MatView, Routing, linear};
 
 use crate::error::ModelError;
 use crate::layer::{Gating, Layer, Past, norm};
 use crate::model::{Tables, embed};
-use crate::ops::{FrozenLinear, to_vec};
+use crate::ops::to_vec;
 use crate::spec::Spec;
+use crate::streamed::{HEAD_ROWS, head_block};
 use crate::weights::Weights;
 
 /// Sets of experts tried in a layer; with more experts than make so many, the ones that differ most in number.
@@ -22,17 +23,17 @@ const MOST_SETS: usize = 36;
 /// Shares of the first of two experts.
 const SHARES: [f32; 5] = [0.5, 0.1, 0.3, 0.7, 0.9];
 
-/// Multiplications that a search may take; with a larger model the shares are left out, then the search.
-const MOST_WORK: u64 = 400_000_000_000;
+/// Multiplications that a search may take; with a larger model there are fewer rounds, then only equal shares, then no search.
+const MOST_WORK: u64 = 200_000_000_000;
 
-/// Times that all layers are tried.
-const ROUNDS: usize = 3;
+/// Times that all layers are tried, at most.
+const ROUNDS: u64 = 12;
 
 /// For each MoE layer, how much weight each expert gets from the first token.
 pub type FirstToken = BTreeMap<usize, Vec<f32>>;
 
 /// The routing of `token` at the beginning of a text under which the model's prediction of the next token is nearest to
-/// those of the `experts`: lowest mean of `KL(expert alone || mixture)`.
+/// those of the `experts`: lowest mean of `KL(expert alone || mixture)` over them.
 ///
 /// Coordinate descent: each pass over the layers tries every set of experts in every layer against the routing so far, the
 /// best changes are then taken together, as many as help. Weights are views, layers are loaded one after the other.
@@ -62,12 +63,13 @@ pub fn first_token(
         return Ok(None);
     }
     let search = Search { weights: Weights::new(source, &spec)?, spec: &spec, token };
-    let targets = search.alone(experts)?;
+    let target = search.alone(experts)?;
     // Everything open: no choice of so few experts can be judged without a start.
     let mut best: FirstToken = moe.iter().map(|m| (m.0, vec![1.0 / count as f32; count])).collect();
     let mut value = f64::INFINITY;
-    for round in 0..ROUNDS {
-        let tried = search.each_layer(&best, &choices, &targets)?;
+    let rounds = (MOST_WORK / work(source, &spec, moe.len() * choices.len()).max(1)).min(ROUNDS);
+    for round in 0..rounds {
+        let tried = search.each_layer(&best, &choices, &target)?;
         // Layers whose best choice helps most come first.
         let mut order: Vec<(usize, usize, f64)> = tried
             .iter()
@@ -84,7 +86,7 @@ pub fn first_token(
                 next
             })
             .collect();
-        let values = search.values(&together, &targets)?;
+        let values = search.values(&together, &target)?;
         // The first round has to leave every layer with experts that it can choose.
         let allowed = if round == 0 { together.len() - 1 } else { 0 };
         let at = (allowed..together.len()).min_by(|&a, &b| values[a].total_cmp(&values[b]));
@@ -99,16 +101,18 @@ pub fn first_token(
     Ok(Some(best))
 }
 
-/// Multiplications of one pass with so many candidates.
+/// Multiplications of one round with so many candidates.
 fn work(source: &Source, spec: &Spec, candidates: usize) -> u64 {
-    let all: u64 = source
-        .tensors
-        .iter()
-        .filter(|(name, _)| name.starts_with("model.layers."))
-        .map(|(_, w)| w.shape().iter().product::<usize>() as u64)
-        .sum();
+    /// What it takes to compute a number that is not stored, in multiplications; twice a round.
+    const COMPUTED: u64 = 100;
+    let (mut all, mut computed) = (0, 0);
+    for (_, weight) in source.tensors.iter().filter(|(name, _)| name.starts_with("model.layers.")) {
+        let numbers = weight.shape().iter().product::<usize>() as u64;
+        all += numbers;
+        computed += if weight.bytes().is_none() { numbers } else { 0 };
+    }
     let head = (spec.vocab * spec.hidden) as u64;
-    candidates as u64 * (all / 2 + head)
+    candidates as u64 * (all / 2 + head) + COMPUTED * computed
 }
 
 /// Sets of `top_k` of `count` experts with their weights, `[count]` each.
@@ -149,8 +153,8 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Log-probabilities of the next token under each expert alone.
-    fn alone(&self, experts: &[usize]) -> Result<Vec<Vec<f32>>, ModelError> {
+    /// Probabilities of the next token, mean over the experts, each alone.
+    fn alone(&self, experts: &[usize]) -> Result<Vec<f32>, ModelError> {
         let one = |e: usize| -> FirstToken {
             self.spec
                 .moe_layers()
@@ -159,14 +163,12 @@ impl Search<'_> {
         };
         let all: Vec<FirstToken> = experts.iter().map(|&e| one(e)).collect();
         let stream = self.through(&all)?;
-        self.predictions(&stream)
+        self.mean_prediction(&stream)
     }
 
     /// The value of each routing.
-    fn values(&self, all: &[FirstToken], targets: &[Vec<f32>]) -> Result<Vec<f64>, ModelError> {
-        let stream = self.through(all)?;
-        let predicted = self.predictions(&stream)?;
-        Ok(predicted.iter().map(|p| divergence(targets, p)).collect())
+    fn values(&self, all: &[FirstToken], target: &[f32]) -> Result<Vec<f64>, ModelError> {
+        self.surprise(&self.through(all)?, target)
     }
 
     /// All routings side by side through all layers.
@@ -188,7 +190,7 @@ impl Search<'_> {
         &self,
         now: &FirstToken,
         choices: &[Vec<f32>],
-        targets: &[Vec<f32>],
+        target: &[f32],
     ) -> Result<BTreeMap<usize, Vec<f64>>, ModelError> {
         let mut x = self.start(1)?; // row 0: `now`
         let mut joined = Vec::new();
@@ -206,8 +208,7 @@ impl Search<'_> {
             x = self.pass(&layer, &x, &rows)?;
             self.weights.release(&format!("model.layers.{l}."));
         }
-        let predicted = self.predictions(&x)?;
-        let mut values = predicted[1..].iter().map(|p| divergence(targets, p));
+        let mut values = self.surprise(&x, target)?.into_iter().skip(1);
         Ok(joined.into_iter().map(|l| (l, values.by_ref().take(choices.len()).collect())).collect())
     }
 
@@ -241,34 +242,66 @@ impl Search<'_> {
         Ok(layer.fed(self.spec, &x, mlp_input, Gating::Given(&routing))?.stream)
     }
 
-    /// Log-probabilities of the next token, row by row.
-    fn predictions(&self, stream: &Tensor) -> Result<Vec<Vec<f32>>, ModelError> {
+    /// Shows `see` the logits of every row for one block of the vocabulary after the other: first token of the block, and
+    /// `[rows, block]`.
+    fn logits(
+        &self,
+        stream: &Tensor,
+        mut see: impl FnMut(usize, &[f32], usize),
+    ) -> Result<(), ModelError> {
         let last = norm(&self.weights, self.spec, "model.norm.weight")?;
+        let x = to_vec(&last.forward(stream)?)?;
+        let rows = x.len() / self.spec.hidden;
         let name = if self.spec.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        let head = FrozenLinear::new(self.weights.stored(name)?, None);
-        let logits = to_vec(&head.forward(&last.forward(stream)?)?)?;
-        Ok(logits
-            .chunks_exact(self.spec.vocab)
-            .map(|row| {
-                let mut row = row.to_vec();
-                self.spec.finish_logits(&mut row);
-                let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let sum: f64 = row.iter().map(|&v| f64::from(v - top).exp()).sum();
-                let total = top + sum.ln() as f32;
-                row.iter_mut().for_each(|v| *v -= total);
-                row
-            })
-            .collect())
+        let head = self.weights.stored(name)?;
+        let mut logits = Vec::new();
+        for from in (0..self.spec.vocab).step_by(HEAD_ROWS) {
+            let to = self.spec.vocab.min(from + HEAD_ROWS);
+            let (bytes, dtype) = head_block(&head, from, to)?;
+            let block = MatView::new(&bytes, dtype, to - from, self.spec.hidden)?;
+            logits.resize(rows * (to - from), 0.0);
+            linear(&x, block, None, &mut logits)?;
+            self.spec.finish_logits(&mut logits);
+            see(from, &logits, to - from);
+        }
+        head.release();
+        Ok(())
     }
-}
 
-/// Mean of `KL(target || predicted)` in nats.
-fn divergence(targets: &[Vec<f32>], predicted: &[f32]) -> f64 {
-    let one = |target: &Vec<f32>| -> f64 {
-        let pairs = target.iter().zip(predicted);
-        pairs.map(|(&t, &p)| f64::from(t).exp() * f64::from(t - p)).sum()
-    };
-    targets.iter().map(one).sum::<f64>() / targets.len() as f64
+    /// Mean over the rows of the probabilities of the next token, `[vocab]`.
+    fn mean_prediction(&self, stream: &Tensor) -> Result<Vec<f32>, ModelError> {
+        let mut all: Vec<Vec<f32>> = vec![vec![0.0; self.spec.vocab]; stream.dim(0)?];
+        self.logits(stream, |from, logits, width| {
+            for (row, block) in all.iter_mut().zip(logits.chunks_exact(width)) {
+                row[from..from + width].copy_from_slice(block);
+            }
+        })?;
+        let mut mean = vec![0.0; self.spec.vocab];
+        let count = all.len() as f64;
+        for row in &all {
+            let mut total = LogSumExp::default();
+            total.add(row);
+            let total = total.value();
+            let pairs = mean.iter_mut().zip(row);
+            pairs.for_each(|(m, &l)| *m += ((f64::from(l) - total).exp() / count) as f32);
+        }
+        Ok(mean)
+    }
+
+    /// Cross entropy of each row's prediction with `target`, in nats: the divergence up to what all rows have in common.
+    fn surprise(&self, stream: &Tensor, target: &[f32]) -> Result<Vec<f64>, ModelError> {
+        let rows = stream.dim(0)?;
+        let (mut totals, mut own) = (vec![LogSumExp::default(); rows], vec![0f64; rows]);
+        self.logits(stream, |from, logits, width| {
+            let target = &target[from..from + width];
+            for ((row, total), own) in logits.chunks_exact(width).zip(&mut totals).zip(&mut own) {
+                total.add(row);
+                let pairs = row.iter().zip(target);
+                *own += pairs.map(|(&l, &t)| f64::from(l) * f64::from(t)).sum::<f64>();
+            }
+        })?;
+        Ok(totals.iter().zip(own).map(|(total, own)| total.value() - own).collect())
+    }
 }
 
 #[cfg(test)]
@@ -283,14 +316,5 @@ mod tests {
         assert_eq!(choices(4, 1, &SHARES).len(), 4);
         assert_eq!(choices(4, 3, &SHARES)[0], [1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 0.0]);
         assert!(choices(64, 8, &SHARES).len() <= MOST_SETS);
-    }
-
-    #[test]
-    fn divergence_is_zero_for_the_same_and_by_hand_otherwise() {
-        let ln = |p: [f32; 2]| p.map(f32::ln).to_vec();
-        let (even, odd) = (ln([0.5, 0.5]), ln([0.25, 0.75]));
-        assert!(divergence(&[even.clone()], &even).abs() < 1e-7);
-        let expected = 0.5 * (2f64).ln() + 0.5 * (2.0f64 / 3.0).ln();
-        assert!((divergence(&[even.clone(), even], &odd) - expected).abs() < 1e-6);
     }
 }

@@ -66,7 +66,7 @@ pub trait Watcher {
 const STATES: usize = 128 << 20;
 
 /// Rows of the head and tokens that meet in one product.
-const HEAD_ROWS: usize = 4096;
+pub(crate) const HEAD_ROWS: usize = 4096;
 const HEAD_TOKENS: usize = 512;
 
 /// Perplexity of the model in `source` on every text, as [`crate::perplexity::perplexity_of_tokens`] computes it, to
@@ -253,7 +253,7 @@ fn score(
 }
 
 /// Rows of the head as stored, or computed.
-fn head_block(
+pub(crate) fn head_block(
     head: &WeightRef,
     from: usize,
     to: usize,

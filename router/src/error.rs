@@ -1,6 +1,6 @@
 //! What can be wrong with the numbers an estimator gets.
 
-use crate::registry::ESTIMATORS;
+use crate::registry::{ESTIMATORS, Estimator, Method};
 
 /// Why no gate could be made. The caller knows the layer and adds it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -46,6 +46,12 @@ pub enum RouterError {
         /// Numbers it holds.
         found: usize,
     },
+    /// No estimator of this name learns from router inputs.
+    #[error("`{name}` is not an estimator that learns from router inputs")]
+    NotLearned {
+        /// What was asked for.
+        name: String,
+    },
     /// An example names an expert that does not exist.
     #[error("an example belongs to expert {expert}, but there are {experts}")]
     NoSuchExpert {
@@ -68,6 +74,12 @@ impl RouterError {
                 "the base model computes no usable hidden state here; look for NaN or zero weights up to this layer"
                     .into(),
             ),
+            Self::NotLearned { .. } => {
+                let learned = |e: &&Estimator| matches!(e.method, Method::RouterInputs(_));
+                let names: Vec<_> =
+                    ESTIMATORS.iter().filter(learned).map(|e| format!("`{}`", e.name)).collect();
+                Some(format!("known: {}", names.join(", ")))
+            }
             Self::Shape { .. } | Self::NoSuchExpert { .. } => None,
         }
     }

@@ -3,7 +3,7 @@
 use crate::eigen;
 
 /// A router's weight: logits of a token are `z · rowsᵀ`, without bias.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Gate {
     /// Rows.
     pub experts: usize,

@@ -1,5 +1,6 @@
 //! What a gate does with prompts it has not seen.
 
+use crate::features::Features;
 use crate::folds::Folds;
 use crate::objective::loss;
 use crate::samples::{Sign, Table, Target};
@@ -69,6 +70,30 @@ impl Logits {
         let weight = |t: &Target| 1.0 / (known * tokens[t.expert][place(t.sign)]) as f64;
         out.weights = out.targets.iter().map(weight).collect();
         out
+    }
+
+    /// Logits of every row from one fit: `parameters: [experts, width]`.
+    pub fn of_all(table: &Table, features: &Features, parameters: &[f64]) -> Self {
+        let prompts = table.prompts.len();
+        let folds = Folds { count: 1, of_prompt: vec![Some(0); prompts] };
+        Self::new(table, &folds, &features.x32, features.width, &[parameters])
+    }
+
+    /// Weighted RMS of the logits about the mean of their row; zero if the rows tell nothing apart.
+    pub fn spread(&self) -> f64 {
+        let (mut sum, mut total) = (0.0, 0.0);
+        for (s, weight) in self.values.chunks_exact(self.experts).zip(&self.weights) {
+            let mean = s.iter().sum::<f64>() / self.experts as f64;
+            let square: f64 = s.iter().map(|v| (v - mean) * (v - mean)).sum();
+            sum += weight * square / self.experts as f64;
+            total += weight;
+        }
+        (sum / total).sqrt()
+    }
+
+    /// All logits times `factor`.
+    pub fn scale(&mut self, factor: f64) {
+        self.values.iter_mut().for_each(|v| *v *= factor);
     }
 
     /// Weighted loss at `temperature`, and its first two derivatives by it. Negative rows included.

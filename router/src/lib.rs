@@ -14,20 +14,26 @@
 
 #![forbid(unsafe_code)]
 
+mod best;
 mod eigen;
 mod error;
 pub mod estimators;
+mod features;
+mod finish;
 mod folds;
 mod gate;
 mod held_out;
 mod lbfgs;
+mod moments;
 mod objective;
 mod registry;
 pub mod report;
 mod samples;
 mod span;
+mod symmetric;
 pub mod traffic;
 
+pub use best::best_of;
 pub use error::{RouterError, UnknownEstimator};
 pub use estimators::ExpertPrompts;
 pub use gate::Gate;

@@ -1,5 +1,6 @@
 //! The one list of estimators.
 
+use crate::best::best_of;
 use crate::error::{RouterError, UnknownEstimator};
 use crate::estimators;
 use crate::estimators::ExpertPrompts;
@@ -47,7 +48,7 @@ pub const ESTIMATORS: &[Estimator] = &[
         name: "auto",
         summary: "what measured best: the classifier that held-out prompts prefer, then output matching",
         source: "moe-merge",
-        method: Method::Matching(estimators::logistic::fit),
+        method: Method::Matching(best_classifier),
     },
     Estimator {
         name: "match",
@@ -60,6 +61,24 @@ pub const ESTIMATORS: &[Estimator] = &[
         summary: "class-balanced multinomial logistic regression on router inputs; penalty and temperature from held-out prompts",
         source: "moe-merge; L-BFGS: Liu and Nocedal 1989",
         method: Method::RouterInputs(estimators::logistic::fit),
+    },
+    Estimator {
+        name: "ridge",
+        summary: "class-balanced ridge regression to one-hot targets on router inputs; penalty and scale from held-out prompts",
+        source: "Hoerl and Kennard 1970",
+        method: Method::RouterInputs(estimators::ridge::fit),
+    },
+    Estimator {
+        name: "lda",
+        summary: "linear discriminant analysis on router inputs with a shrunk, class-balanced covariance",
+        source: "Fisher 1936; shrinkage: Ledoit and Wolf 2004",
+        method: Method::RouterInputs(estimators::lda::fit),
+    },
+    Estimator {
+        name: "mean",
+        summary: "class means of router inputs, centred by the mean over classes",
+        source: "moe-merge",
+        method: Method::RouterInputs(estimators::mean::fit),
     },
     Estimator {
         name: "hidden",
@@ -98,6 +117,16 @@ pub const ESTIMATORS: &[Estimator] = &[
         method: Method::Seed(estimators::uniform_random::gate),
     },
 ];
+
+/// The classifier that held-out prompts prefer; for a wide model `logistic`, which needs no matrix of hidden by hidden for
+/// every group of prompts.
+fn best_classifier(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError> {
+    const WIDE: usize = 1024;
+    if samples.hidden > WIDE {
+        return estimators::logistic::fit(samples, options);
+    }
+    Ok(best_of(samples, options, &["logistic", "ridge", "lda"])?.1)
+}
 
 /// The estimator called `name`.
 ///

@@ -72,9 +72,10 @@ pub struct Fit {
     pub gate: Gate,
     /// Quality on prompts that the gate had not seen; none if no expert has two different prompts.
     pub held_out: Option<HeldOut>,
-    /// The L2 penalty used.
+    /// The L2 penalty used; for `lda` the shrinkage, for `mean` 0.
     pub penalty: f64,
-    /// Factor on the rows that made held-out likelihood best (1 without held-out prompts).
+    /// Factor on the rows that made held-out likelihood best. Without held-out prompts 1 for `logistic`; closed forms
+    /// then get what gives the logits of given tokens RMS 1.
     pub temperature: f64,
     /// RMS of the router inputs, folded back into the rows.
     pub input_rms: f64,
@@ -122,7 +123,7 @@ pub enum Warning {
         /// The expert.
         expert: usize,
     },
-    /// No prompt could be held out: a strong penalty and temperature 1 were used, and quality is unknown.
+    /// No prompt could be held out: a cautious penalty and scale were used, and quality is unknown.
     NoHeldOut {
         /// The penalty used.
         penalty: f64,
@@ -165,7 +166,7 @@ impl std::fmt::Display for Warning {
             ),
             Self::NoHeldOut { penalty } => write!(
                 f,
-                "no prompt could be held out: a strong penalty ({penalty}) was used and quality is unknown; give each \
+                "no prompt could be held out: penalty ({penalty}) and sharpness are cautious guesses and quality is unknown; give each \
                  expert two prompts or more"
             ),
             Self::LogitsBounded { largest, bound } => {

@@ -87,6 +87,7 @@ impl Observer for Bars {
         let (unit, what) = match stage {
             Stage::SelfText => (Unit::Tokens, "experts write text"),
             Stage::Gates => (Unit::Layers, "computing routers"),
+            Stage::Train => (Unit::Steps, "training routers"),
             Stage::Write => (Unit::Bytes, "writing"),
             Stage::Evaluate => (Unit::Tokens, "scoring evaluation text"),
         };
@@ -133,6 +134,7 @@ fn plan(prepared: &Prepared, common: &Common) -> Result<Outcome, Failure> {
             "disk_bytes": plan.disk_bytes,
             "peak_memory_bytes": prepared.peak_memory(),
             "prompt_tokens": prepared.prompt_tokens(),
+            "self_text_tokens": prepared.self_text_tokens(),
             "tensors": tensors,
             "warnings": plan.warnings,
         }))?;
@@ -160,10 +162,14 @@ fn plan(prepared: &Prepared, common: &Common) -> Result<Outcome, Failure> {
         );
     }
     text += &format!(
-        "\ndisk {}, peak memory about {}, {} prompt tokens; nothing was written\n",
+        "\ndisk {}, peak memory about {}, {} prompt tokens{}; nothing was written\n",
         render::bytes(plan.disk_bytes),
         render::bytes(prepared.peak_memory()),
         render::count(prepared.prompt_tokens()),
+        match prepared.self_text_tokens() {
+            0 => String::new(),
+            tokens => format!(", {} more that the experts write", render::count(tokens)),
+        },
     );
     render::out(&text)?;
     Ok(Outcome::Done)
@@ -199,6 +205,9 @@ fn summary(report: &BuildReport) -> String {
         s.write,
         s.evaluate,
     );
+    if report.self_text_tokens > 0 {
+        text += &format!("the experts wrote {} tokens\n", render::count(report.self_text_tokens));
+    }
     if let Some(forecast) = &report.forecast {
         text += &forecast_table(forecast, &report.experts, report.experts_per_token);
     }

@@ -3,9 +3,11 @@
 use serde_json::json;
 
 use moe_merge_merge::calibrate::{CalibrateOptions, CalibrateReport, Calibration};
+use moe_merge_merge::training::TrainOptions;
+use moe_merge_model::router_training;
 
 use super::build::{Bars, forecast_table, notes, versioned};
-use crate::args::{CalibrateArgs, Common};
+use crate::args::{CalibrateArgs, Common, Objective};
 use crate::exit::{self, Outcome};
 use crate::render::{self, Failure, bytes, count};
 
@@ -16,6 +18,17 @@ pub fn run(args: &CalibrateArgs, common: &Common) -> Result<Outcome, Failure> {
         prompts: args.prompts.clone(),
         prompt_tokens: args.prompt_tokens.map(|n| n as usize),
         self_text: args.self_text,
+        train: args.steps.map(|steps| TrainOptions {
+            steps: steps.into(),
+            learning_rate: args.learning_rate,
+            objective: match args.objective {
+                Objective::Distil => router_training::Objective::Distil,
+                Objective::NextToken => router_training::Objective::NextToken,
+            },
+            load_balance: args.load_balance,
+            z_loss: args.z_loss,
+            state: args.state.clone(),
+        }),
         seed: args.seed,
         interrupt: exit::interrupt().clone(),
     };
@@ -85,6 +98,15 @@ fn summary(report: &CalibrateReport) -> String {
         report.seconds.routers,
         report.seconds.write,
     );
+    if let Some(t) = &report.training {
+        let loss = t.held_out.map_or(String::new(), |[before, after]| {
+            format!(", loss on held-out text {before:.4} -> {after:.4}")
+        });
+        text += &format!(
+            "trained for {} steps, routers of step {}{loss}; {:.0} tokens/s\n",
+            t.steps, t.best_step, t.tokens_per_second
+        );
+    }
     if let Some(forecast) = &report.forecast {
         text += &forecast_table(forecast, &report.experts, report.experts_per_token);
     }

@@ -3,20 +3,15 @@
 use moe_merge_kernels::dense::Real;
 
 use crate::error::RouterError;
+use crate::features::Features;
+use crate::finish::finish;
 use crate::folds::Folds;
-use crate::gate::Gate;
 use crate::held_out::{HeldOut, Logits};
 use crate::lbfgs::{Lbfgs, Stop};
 use crate::objective::{Data, Problem};
-use crate::samples::{Fit, Options, Samples, Sign, Table, Target, Warning};
-use crate::span::Span;
+use crate::samples::{Fit, Options, Samples, Table, Target, Warning};
 
-/// Largest logit that a given token may get.
-///
-/// transformers and vLLM compute router logits in the dtype of the weights. bf16 has 8 significant bits: below 32 its
-/// numbers lie at most 1/8 apart, so rounding moves the odds of two experts by less than 7 %; a logit of 256 would be
-/// off by 1, and ties would appear where there are none.
-pub const LOGIT_BOUND: f64 = 32.0;
+pub use crate::finish::LOGIT_BOUND;
 
 /// When a fit that only serves to choose the penalty is good enough: held-out likelihood has long settled by then.
 const SEARCH: Stop = Stop { gradient: 1e-4, relative: 0.0, decrease: 3e-4, iterations: 60 };
@@ -64,13 +59,9 @@ pub fn fit(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError>
             gradient: solver.gradient_norm(),
         });
     }
-    let mut rows = features.expand(solver.point(), table.hidden);
-    centre(&mut rows, &table);
-    rows.iter_mut().for_each(|w| *w *= temperature);
-    bound(&mut rows, &mut table);
-    rows.iter_mut().for_each(|w| *w /= table.rms);
+    let gate = finish(&features, solver.point(), temperature, &mut table);
     Ok(Fit {
-        gate: Gate::from_f64(table.experts, table.hidden, &rows),
+        gate,
         held_out: search.map(|s| s.held_out),
         penalty,
         temperature,
@@ -78,45 +69,6 @@ pub fn fit(samples: &Samples<'_>, options: &Options) -> Result<Fit, RouterError>
         iterations: solver.iterations(),
         warnings: table.warnings,
     })
-}
-
-/// The table's rows in the coordinates that are solved in.
-struct Features {
-    width: usize,
-    x64: Vec<f64>, // [n, width]
-    x32: Vec<f32>, // [n, width]
-    /// The span and the rows it was made of, where there are few rows.
-    span: Option<(Span, Vec<f64>)>,
-}
-
-impl Features {
-    fn new(table: &Table) -> Result<Self, RouterError> {
-        let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
-        // The span costs one product of rows by rows; it pays where it makes every later pass at least twice as short.
-        if 2 * table.rows() > table.hidden {
-            return Ok(Self { width: table.hidden, x64: wide, x32: table.x.clone(), span: None });
-        }
-        let span = Span::new(&wide, table.rows(), table.hidden)?;
-        Ok(Self {
-            width: span.rank,
-            x64: span.coordinates.clone(),
-            x32: span.coordinates.iter().map(|&v| v as f32).collect(),
-            span: Some((span, wide)),
-        })
-    }
-
-    /// Parameters `[experts, width]` as parameters `[experts, hidden]`.
-    fn expand(&self, parameters: &[f64], hidden: usize) -> Vec<f64> {
-        match &self.span {
-            None => parameters.to_vec(),
-            Some((span, rows)) => span.expand(parameters, rows, hidden),
-        }
-    }
-
-    /// About one over the curvature of the loss: `E‖x‖² / 2` bounds it.
-    fn first_step(&self, table: &Table) -> f64 {
-        2.0 / table.hidden as f64
-    }
 }
 
 /// What held-out prompts say.
@@ -213,39 +165,6 @@ fn solve(
 fn mean(points: &[&[f64]]) -> Vec<f64> {
     let factor = 1.0 / points.len() as f64;
     (0..points[0].len()).map(|k| points.iter().map(|p| p[k]).sum::<f64>() * factor).collect()
-}
-
-/// Subtracts the mean row, after experts with the same prompts were given the very same row.
-fn centre(rows: &mut [f64], table: &Table) {
-    let width = table.hidden;
-    for warning in &table.warnings {
-        if let Warning::SamePrompts { a, b } = *warning {
-            let (left, right) = rows.split_at_mut(b * width);
-            right[..width].copy_from_slice(&left[a * width..(a + 1) * width]);
-        }
-    }
-    for k in 0..width {
-        let mean =
-            (0..table.experts).map(|e| rows[e * width + k]).sum::<f64>() / table.experts as f64;
-        (0..table.experts).for_each(|e| rows[e * width + k] -= mean);
-    }
-}
-
-/// Scales the rows so that no positive token gets a logit above [`LOGIT_BOUND`].
-fn bound(rows: &mut [f64], table: &mut Table) {
-    let mut largest = 0f64;
-    for p in (0..table.prompts.len()).filter(|&p| table.prompts[p].target.sign == Sign::Positive) {
-        for z in table.inputs(p).chunks_exact(table.hidden) {
-            for w in rows.chunks_exact(table.hidden) {
-                let logit: f64 = w.iter().zip(z).map(|(w, &z)| w * f64::from(z)).sum();
-                largest = largest.max(logit.abs());
-            }
-        }
-    }
-    if largest > LOGIT_BOUND {
-        rows.iter_mut().for_each(|w| *w *= LOGIT_BOUND / largest);
-        table.warnings.push(Warning::LogitsBounded { largest, bound: LOGIT_BOUND });
-    }
 }
 
 #[cfg(test)]

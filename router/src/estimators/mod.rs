@@ -1,12 +1,18 @@
-//! One estimator a file. mergekit's six share the steps below; `logistic` is ours.
+//! One estimator a file. mergekit's six share the steps below; the closed forms share `closed_form`.
 
 pub mod cheap_embed;
+mod closed_form;
+#[cfg(test)]
+pub(crate) mod corpus;
 pub mod hidden;
 pub mod hidden_avg;
 pub mod hidden_last;
+pub mod lda;
 pub mod logistic;
+pub mod mean;
 pub mod output_matching;
 pub mod random;
+pub mod ridge;
 pub mod uniform_random;
 
 use crate::error::RouterError;

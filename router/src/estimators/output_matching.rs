@@ -62,7 +62,7 @@ pub struct MatchOptions {
 
 impl Default for MatchOptions {
     fn default() -> Self {
-        Self { penalty: 1e-3, cross_entropy: 0.3, anchor: 0.1, max_iterations: 150 }
+        Self { penalty: 5e-4, cross_entropy: 0.1, anchor: 0.1, max_iterations: 150 }
     }
 }
 

@@ -1,62 +1,10 @@
 use super::*;
-use crate::samples::Example;
-use crate::{RouterError, estimators::random};
-
-/// Prompts of each expert as `[tokens, hidden]` values: a centre per expert, one per prompt, and noise.
-struct Corpus {
-    hidden: usize,
-    prompts: Vec<(usize, Vec<f32>)>,
-}
-
-impl Corpus {
-    fn new(experts: usize, prompts: usize, tokens: usize, hidden: usize, distance: f32) -> Self {
-        let centres = random::gate(experts, hidden, 1, 0);
-        let mut out = Vec::new();
-        for e in 0..experts {
-            for p in 0..prompts {
-                let tokens = tokens + p % 3;
-                let noise = random::gate(tokens + 1, hidden, 2, (e * 100 + p) as u64);
-                let values = (0..tokens * hidden).map(|i| {
-                    let common = if i % hidden == 0 { 3.0 } else { 0.0 };
-                    let of_prompt = 0.5 * noise.row(tokens)[i % hidden];
-                    distance * centres.row(e)[i % hidden] + common + of_prompt + noise.rows[i]
-                });
-                out.push((e, values.collect()));
-            }
-        }
-        Self { hidden, prompts: out }
-    }
-
-    fn samples(&self) -> Samples<'_> {
-        let experts = self.prompts.iter().map(|p| p.0).max().unwrap() + 1;
-        let examples = self
-            .prompts
-            .iter()
-            .map(|p| Example { expert: p.0, sign: Sign::Positive, inputs: &p.1 })
-            .collect();
-        Samples { experts, hidden: self.hidden, examples }
-    }
-}
+use crate::RouterError;
+use crate::estimators::corpus::{Corpus, accuracy, largest_difference};
+use crate::samples::{Example, Sign};
 
 fn exact() -> Options {
     Options { tolerance: 1e-9, max_iterations: 2000, ..Options::default() }
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    let scale = a.iter().fold(0f32, |m, v| m.max(v.abs()));
-    a.iter().zip(b).fold(0f32, |m, (x, y)| m.max((x - y).abs())) / scale
-}
-
-fn accuracy(fit: &Fit, samples: &Samples<'_>) -> f64 {
-    let (mut right, mut all) = (0, 0);
-    for example in &samples.examples {
-        for z in example.inputs.chunks_exact(samples.hidden) {
-            let s = fit.gate.logits(z);
-            all += 1;
-            right += usize::from((0..s.len()).all(|e| s[e] <= s[example.expert]));
-        }
-    }
-    right as f64 / all as f64
 }
 
 #[test]
@@ -158,9 +106,8 @@ fn the_span_of_the_tokens_loses_nothing() {
     let targets: Vec<Target> =
         table.prompts.iter().flat_map(|p| std::iter::repeat_n(p.target, p.rows.len())).collect();
     let weights = Folds::new(&table, 8).weights(&table, None);
-    let wide: Vec<f64> = table.x.iter().map(|&v| f64::from(v)).collect();
     let dual = Features::new(&table).unwrap();
-    let primal = Features { width: 120, x64: wide, x32: table.x.clone(), span: None };
+    let primal = Features::whole(&table);
     assert!(dual.span.is_some() && dual.width <= table.rows());
     let of = |features: &Features| {
         let start = vec![0.0; 3 * features.width];
@@ -245,16 +192,6 @@ fn logits_stay_within_the_bound() {
     if fit.warnings.iter().any(|w| matches!(w, Warning::LogitsBounded { .. })) {
         assert!(largest > LOGIT_BOUND * 0.999);
     }
-}
-
-#[test]
-fn bound_scales_all_rows_alike() {
-    let corpus = Corpus { hidden: 1, prompts: vec![(0, vec![1.0]), (1, vec![-1.0])] };
-    let mut table = Table::new(&corpus.samples()).unwrap();
-    let mut rows = [64.0, -16.0];
-    bound(&mut rows, &mut table);
-    assert_eq!(rows, [32.0, -8.0]);
-    assert_eq!(table.warnings.last(), Some(&Warning::LogitsBounded { largest: 64.0, bound: 32.0 }));
 }
 
 #[test]
