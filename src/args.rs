@@ -97,6 +97,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Show which experts each token of a text visits, in every MoE layer
     Route(RouteArgs),
+    /// Compare ways to make the routers of a recipe, with the perplexity of base, experts and oracle; writes nothing
+    Evaluate(EvaluateArgs),
     /// Compute the routers of a MoE anew: a new generation of its folder, the old one is kept
     Calibrate(CalibrateArgs),
     /// Print a completion script for a shell
@@ -205,6 +207,44 @@ pub struct RouteArgs {
     /// With `--json`, list every token with its experts and weights
     #[arg(long, requires = "json")]
     pub tokens: bool,
+}
+
+/// Arguments of `evaluate`.
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// MoE recipe with `evaluation:` text
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Ways to make routers, each a `gate_mode` of recipes (all by default)
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub estimators: Vec<String>,
+    /// Experts of the MoE, by name: `a,b,c`; once for each MoE (all of the recipe by default)
+    #[arg(long, value_name = "NAMES")]
+    pub experts: Vec<String>,
+    /// Experts that each token visits, one MoE for each number (as in the recipe by default)
+    #[arg(long, value_name = "K", value_delimiter = ',')]
+    pub top_k: Vec<usize>,
+    /// Prompts of each expert, the first so many, one MoE for each number (all of the recipe by default)
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    pub prompts: Vec<usize>,
+    /// Add `auto` with so many tokens that each expert writes itself
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub self_text: Option<u32>,
+    /// Add `auto` without any prompt, from what the experts write themselves
+    #[arg(long)]
+    pub no_prompts: bool,
+    /// Add `auto` with the base as one more expert
+    #[arg(long)]
+    pub generalist: bool,
+    /// Show what is recovered by position in the window
+    #[arg(long)]
+    pub positions: bool,
+    /// Tokens that a model sees at once, the beginning-of-text token included (512 by default, or the context if shorter)
+    #[arg(long, value_name = "N")]
+    pub window: Option<usize>,
+    /// Tokens of each text, from its beginning (all by default)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: Option<u32>,
 }
 
 /// What router training follows.

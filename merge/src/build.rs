@@ -17,7 +17,7 @@ use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::lessons::room;
 use crate::origins::Origins;
-use crate::plan::{Assembly, ExpertInput, Gates, Plan};
+use crate::plan::{Assembly, ExpertInput, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
     Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
@@ -25,6 +25,8 @@ use crate::recipe::{
 use crate::self_text::{DEFAULT_TOKENS, Writing};
 use crate::write::{Provenance, write, write_dense};
 use crate::{dense, sources};
+
+mod parts;
 
 /// What a person asks for beside the recipe.
 #[derive(Debug, Clone)]
@@ -61,6 +63,11 @@ pub trait Observer: Sync {
 
     /// So many units more are done.
     fn advance(&self, units: u64);
+
+    /// What the stages that follow are about, where a command goes through them several times.
+    fn subject(&self, what: &str) {
+        let _ = what;
+    }
 }
 
 /// What a build did.
@@ -337,9 +344,7 @@ impl Prepared {
         let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
 
         let clock = Instant::now();
-        let self_text_tokens = self.write_texts(observer).map_err(|e| self.origins.locate(e))?;
-        let routers = self.gates(observer).map_err(|e| self.origins.locate(e))?;
-        let routers = self.with_or_without_generalist(routers, observer)?;
+        let (routers, self_text_tokens) = self.routers(observer)?;
         staging.need(self.plan.disk_bytes)?;
         self.provenance.report = forecast_lines(&routers, &self.names());
         seconds.gates = clock.elapsed().as_secs_f64();
@@ -349,11 +354,7 @@ impl Prepared {
         observer.stage(Stage::Write, total);
         let progress = |bytes| observer.advance(bytes);
         let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
-        let gates = Gates {
-            layers: routers.layers.into_iter().map(|g| g.rows).collect(),
-            shared: (!routers.shared.is_empty())
-                .then(|| routers.shared.into_iter().map(|g| g.rows).collect()),
-        };
+        let gates = parts::gates(&routers.layers, &routers.shared);
         let written = write(&self.assembly, &self.plan, &gates, &self.provenance, &staging, watch)
             .map_err(|e| self.origins.locate(e))?;
         staging.publish()?;
@@ -483,11 +484,7 @@ impl Prepared {
             lora_revision: None,
         };
         let moe = Source::open(&moe, Path::new(""))?;
-        let base = self.plain_base.as_ref().unwrap_or(&self.assembly.base);
-        let mut models = vec![("base".to_owned(), Some(base))];
-        for (expert, &same) in self.assembly.experts.iter().zip(&self.same_as_base) {
-            models.push((expert.name.clone(), (!same).then_some(&expert.source)));
-        }
+        let models = self.references();
         let tokenizer = Tokenizer::from_source(&moe)?;
         let mut tokens = 0;
         for domain in &self.domains {

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, Weight, WeightRef};
+use moe_merge_kernels::cast;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -144,10 +146,51 @@ impl Weight for SideBySide {
     }
 }
 
+/// `weight` as it will be read back once it was written in `dtype`.
+pub fn rounded(weight: WeightRef, dtype: Dtype) -> WeightRef {
+    let as_it_is = weight.dtype() == dtype && (weight.bytes().is_some() || dtype == Dtype::F32);
+    if as_it_is { weight } else { Arc::new(Rounded { inner: weight, dtype }) }
+}
+
+/// A weight whose numbers are rounded while they are read.
+#[derive(Debug, Clone)]
+struct Rounded {
+    inner: WeightRef,
+    dtype: Dtype,
+}
+
+impl Weight for Rounded {
+    fn shape(&self) -> &[usize] {
+        self.inner.shape()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
+        self.inner.read_rows(rows, out)?;
+        let mut bytes = vec![0; out.len() * self.dtype.size()];
+        cast::narrow(out, self.dtype, &mut bytes);
+        cast::widen(&bytes, self.dtype, out);
+        Ok(())
+    }
+
+    fn origin(&self) -> (PathBuf, String) {
+        self.inner.origin()
+    }
+
+    fn release(&self) {
+        self.inner.release();
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use moe_merge_checkpoint::weight::OwnedWeight;
 
     use super::*;
@@ -192,5 +235,16 @@ mod tests {
         ]));
         assert_eq!(weight.shape(), [2, 3]);
         assert_eq!(weight.to_f32().unwrap(), [1.0, 2.0, 3.0, 5.0, 6.0, 7.0]);
+    }
+
+    #[test]
+    fn numbers_are_rounded_as_they_will_be_stored() {
+        // 1 + 2^-9 lies halfway between bf16 neighbours 1 and 1 + 2^-8: to even.
+        let values = [1.0, 1.0 + 1.0 / 512.0, 1.0 + 3.0 / 512.0, -3.25];
+        let exact = owned(&values, &[2, 2]);
+        let read = rounded(exact.clone(), Dtype::BF16);
+        assert_eq!(read.to_f32().unwrap(), [1.0, 1.0, 1.0 + 1.0 / 128.0, -3.25]);
+        assert_eq!(read.dtype(), Dtype::BF16);
+        assert!(Arc::ptr_eq(&rounded(exact.clone(), Dtype::F32), &exact));
     }
 }

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{CheckpointError, Source};
-use moe_merge_model::perplexity::{DEFAULT_WINDOW, Perplexity, Windows};
+use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows};
 use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
-use moe_merge_model::{ModelError, Spec, Tokenizer};
+use moe_merge_model::{ModelError, Spec, TextError, Tokenizer};
 
 use crate::error::MergeError;
 
@@ -108,63 +108,166 @@ pub fn evaluate(
     interrupt: &Interrupt,
     done: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, MergeError> {
-    let tokenizer = Tokenizer::from_source(moe)?;
-    let window = DEFAULT_WINDOW.min(Spec::of(moe)?.max_positions);
-    let ids = domains
-        .iter()
-        .map(|d| Ok((tokenizer.encode(&d.text)?, d.path.display().to_string())))
-        .collect::<Result<Vec<_>, MergeError>>()?;
-    let texts: Vec<TokenText<'_>> =
-        ids.iter().map(|(tokens, origin)| TokenText { tokens, origin }).collect();
-    let mut pass = Pass { interrupt, done, loads: vec![Load::default(); texts.len()] };
-    let mut score = |source: &Source| {
-        pass.loads.fill(Load::default());
-        let windows = Windows { window, stride: None };
-        perplexities(source, &texts, tokenizer.bos(), windows, &mut pass)
-    };
-    let each = |found: &[Perplexity]| found.iter().map(Perplexity::perplexity).collect();
+    let scorer = Scorer::new(moe, domains, Cut::default(), interrupt)?;
+    let all: Vec<usize> = (0..domains.len()).collect();
+    let each = |scores: &[Score]| scores.iter().map(Score::perplexity).collect();
     let mut rows: Vec<ModelRow> = Vec::new();
     for (name, source) in models {
         let perplexity: Vec<f64> = match (source, rows.first()) {
             (None, Some(first)) => first.perplexity.clone(),
-            (Some(source), _) => each(&score(source)?),
+            (Some(source), _) => each(&scorer.score(source, &all, done)?),
             (None, None) => continue,
         };
         rows.push(ModelRow { name: name.clone(), perplexity });
     }
-    let found = score(moe)?;
-    let tokens = found.iter().map(|p| p.tokens).collect();
+    let found = scorer.score(moe, &all, done)?;
     rows.push(ModelRow { name: "MoE".into(), perplexity: each(&found) });
     Ok(Evaluation {
-        window,
+        window: scorer.window,
         domains: domains.iter().map(|d| d.name.clone()).collect(),
-        tokens,
+        tokens: found.iter().map(|s| s.tokens.iter().sum()).collect(),
         models: rows,
-        routing: domains.iter().zip(&pass.loads).map(|(d, l)| l.row(&d.name)).collect(),
+        routing: domains.iter().zip(&found).map(|(d, s)| s.load.row(&d.name)).collect(),
     })
 }
 
+/// First positions of the groups by which text is judged: tokens of a window that stand before the one predicted.
+pub const POSITION_GROUPS: [usize; 8] = [0, 1, 2, 4, 8, 16, 32, 64];
+
+/// How much of a text is scored, in what pieces.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Cut {
+    /// Tokens that a model sees at once; [`DEFAULT_WINDOW`], or the context where it is shorter.
+    pub window: Option<usize>,
+    /// Tokens of each text, from its beginning; all.
+    pub tokens: Option<usize>,
+}
+
+/// Texts as tokens, to be scored with one model after the other.
+#[derive(Debug)]
+pub(crate) struct Scorer<'a> {
+    /// Tokens that a model sees at once.
+    pub window: usize,
+    bos: Option<u32>,
+    /// Tokens and origin.
+    texts: Vec<(Vec<u32>, String)>,
+    interrupt: &'a Interrupt,
+}
+
+impl<'a> Scorer<'a> {
+    /// The texts of `domains` by the tokenizer of `model`.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read; [`TextError::TooLong`] for a window longer than the context.
+    pub fn new(
+        model: &Source,
+        domains: &[Domain],
+        cut: Cut,
+        interrupt: &'a Interrupt,
+    ) -> Result<Self, MergeError> {
+        let tokenizer = Tokenizer::from_source(model)?;
+        let context = Spec::of(model)?.max_positions;
+        let window = cut.window.unwrap_or(DEFAULT_WINDOW.min(context));
+        if window > context {
+            return Err(MergeError::Text(TextError::TooLong {
+                what: "window",
+                context,
+                found: window,
+                hint: format!("`--window {context}` is the most this model can see at once"),
+            }));
+        }
+        let encode = |d: &Domain| {
+            let mut tokens = tokenizer.encode(&d.text)?;
+            tokens.truncate(cut.tokens.unwrap_or(usize::MAX));
+            Ok((tokens, d.path.display().to_string()))
+        };
+        let texts = domains.iter().map(encode).collect::<Result<_, MergeError>>()?;
+        Ok(Self { window, bos: tokenizer.bos(), texts, interrupt })
+    }
+
+    /// Tokens of the texts of `domains`.
+    pub fn tokens(&self, domains: &[usize]) -> usize {
+        domains.iter().map(|&d| self.texts[d].0.len()).sum()
+    }
+
+    /// How well `source` predicts each text of `domains`.
+    ///
+    /// # Errors
+    /// What opening or running the model meets; interruption.
+    pub fn score(
+        &self,
+        source: &Source,
+        domains: &[usize],
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Score>, MergeError> {
+        let text = |&d: &usize| TokenText { tokens: &self.texts[d].0, origin: &self.texts[d].1 };
+        let texts: Vec<TokenText<'_>> = domains.iter().map(text).collect();
+        let scores = vec![Score::default(); texts.len()];
+        let mut pass = Pass { interrupt: self.interrupt, done, scores };
+        let windows = Windows { window: self.window, stride: None };
+        perplexities(source, &texts, self.bos, windows, &mut pass)?;
+        Ok(pass.scores)
+    }
+}
+
+/// What one model did on one text.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Score {
+    /// Tokens that were scored, by [`POSITION_GROUPS`].
+    pub tokens: [usize; POSITION_GROUPS.len()],
+    /// Sums of `-ln p(token)` over them.
+    pub nats: [f64; POSITION_GROUPS.len()],
+    /// Who visited which expert.
+    pub load: Load,
+}
+
+impl Score {
+    /// Mean of `-ln p(token)` over some groups of positions; `None` if none of them has a token.
+    pub fn nats_per_token(&self, groups: std::ops::Range<usize>) -> Option<f64> {
+        let tokens: usize = self.tokens[groups.clone()].iter().sum();
+        (tokens > 0).then(|| self.nats[groups].iter().sum::<f64>() / tokens as f64)
+    }
+
+    /// Over all positions. A text always has a token that is scored: [`perplexities`] refuses others.
+    pub fn perplexity(&self) -> f64 {
+        self.nats_per_token(0..POSITION_GROUPS.len()).map_or(f64::NAN, f64::exp)
+    }
+}
+
 /// How often the tokens of one domain visit each expert, over all layers.
-#[derive(Debug, Clone, Default)]
-struct Load {
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Load {
     first: Vec<u64>,
     any: Vec<u64>,
     seen: u64,
 }
 
 impl Load {
+    /// Share of tokens whose first choice is `expert`, mean over layers.
+    pub fn first(&self, expert: usize) -> f64 {
+        self.first.get(expert).map_or(0.0, |&n| n as f64 / self.seen.max(1) as f64)
+    }
+
+    /// Share of tokens that have `expert` among their top-k, mean over layers.
+    pub fn any(&self, expert: usize) -> f64 {
+        self.any.get(expert).map_or(0.0, |&n| n as f64 / self.seen.max(1) as f64)
+    }
+
     fn row(&self, domain: &str) -> RoutingRow {
-        let share =
-            |counts: &[u64]| counts.iter().map(|&c| c as f64 / self.seen.max(1) as f64).collect();
-        RoutingRow { domain: domain.to_owned(), first: share(&self.first), any: share(&self.any) }
+        let all = 0..self.first.len();
+        RoutingRow {
+            domain: domain.to_owned(),
+            first: all.clone().map(|e| self.first(e)).collect(),
+            any: all.map(|e| self.any(e)).collect(),
+        }
     }
 }
 
-/// One model's way through all domains.
+/// One model's way through all texts.
 struct Pass<'a> {
     interrupt: &'a Interrupt,
     done: &'a mut dyn FnMut(usize),
-    loads: Vec<Load>,
+    scores: Vec<Score>,
 }
 
 impl Watcher for Pass<'_> {
@@ -173,7 +276,7 @@ impl Watcher for Pass<'_> {
     }
 
     fn routed(&mut self, window: WindowRouting<'_>) {
-        let load = &mut self.loads[window.text];
+        let load = &mut self.scores[window.text].load;
         load.first.resize(load.first.len().max(window.experts), 0);
         load.any.resize(load.any.len().max(window.experts), 0);
         let routing = window.routing;
@@ -182,6 +285,12 @@ impl Watcher for Pass<'_> {
             load.first[chosen[0] as usize] += 1;
             chosen.iter().for_each(|&e| load.any[e as usize] += 1);
         }
+    }
+
+    fn scored(&mut self, text: usize, position: usize, nats: f64) {
+        let group = POSITION_GROUPS.partition_point(|&first| first <= position).max(1) - 1;
+        self.scores[text].tokens[group] += 1;
+        self.scores[text].nats[group] += nats;
     }
 
     fn go_on(&mut self) -> Result<(), ModelError> {

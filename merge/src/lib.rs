@@ -33,6 +33,7 @@ pub mod methods;
 mod origins;
 pub mod plan;
 mod prompts;
+pub mod quality;
 pub mod recipe;
 mod self_text;
 mod sequential;

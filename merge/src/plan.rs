@@ -8,7 +8,7 @@ use moe_merge_checkpoint::weight::{OwnedWeight, Stacked};
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
 use serde_json::{Map, Value};
 
-use crate::compose::{Adjusted, SideBySide};
+use crate::compose::{Adjusted, SideBySide, rounded};
 use crate::config_out::moe_config;
 use crate::error::MergeError;
 use crate::families::{
@@ -73,6 +73,31 @@ impl Assembly {
         );
         all.extend(self.shared.iter().enumerate().map(|(i, e)| (format!("shared {i}"), &e.source)));
         all
+    }
+}
+
+impl Assembly {
+    /// The same with one expert for all tokens. It is there twice, as a MoE has at least two experts, and every token visits
+    /// both: their weights sum to 1, whatever the router.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] for a matrix that is missing or has the wrong shape.
+    pub(crate) fn forced(&self, expert: usize) -> Result<Self, MergeError> {
+        let dims = Dims::of(&self.base)?;
+        let input = &self.experts[expert];
+        let mut source = input.source.clone();
+        for layer in 0..dims.layers {
+            for matrix in Matrix::ALL {
+                // Under its old number: noise is keyed by it.
+                let which = format!("experts.{expert}");
+                let (weight, _) = expert_weight(self, &dims, input, &which, layer, matrix)?;
+                source.tensors.insert(dense_name(layer, matrix), weight);
+            }
+        }
+        let name = input.name.clone();
+        let alone =
+            ExpertInput { source, name, layers: None, noise_scale: 0.0, residual_scale: 1.0 };
+        Ok(Self { experts: vec![alone.clone(), alone], top_k: 2, ..self.clone() })
     }
 }
 
@@ -230,6 +255,23 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// [`Plan::source`] with routers, every number rounded as it will be in the folder.
+    ///
+    /// # Errors
+    /// As [`Gates::check`].
+    pub fn source_with(&self, assembly: &Assembly, gates: &Gates) -> Result<Source, MergeError> {
+        gates.check(self)?;
+        let mut source = self.source(assembly);
+        source.tensors = self
+            .tensors
+            .iter()
+            .map(|t| (t.name.clone(), rounded(crate::write::numbers(t, gates), t.dtype)))
+            .collect();
+        Ok(source)
+    }
+}
+
 fn side_size(file: &moe_merge_checkpoint::SideFile) -> u64 {
     match &file.content {
         moe_merge_checkpoint::SideContent::File(path) => {
@@ -341,30 +383,6 @@ impl Builder<'_> {
         Ok(unused_tensors(&base.label, &left).into_iter().collect())
     }
 
-    /// One matrix of one expert, with its noise and scale.
-    fn expert_weight(
-        &self,
-        input: &ExpertInput,
-        which: &str,
-        layer: usize,
-        matrix: Matrix,
-    ) -> Result<(WeightRef, String), MergeError> {
-        let base = &self.assembly.base;
-        if input.layers.as_ref().is_some_and(|r| !r.contains(&layer)) {
-            let weight = mlp_weight(base, base, &self.shape.dims, layer, matrix)?;
-            return Ok((weight, base.label.clone()));
-        }
-        let weight = mlp_weight(base, &input.source, &self.shape.dims, layer, matrix)?;
-        let scale = if matrix == Matrix::Down { input.residual_scale } else { 1.0 };
-        let label = input.source.label.clone();
-        if input.noise_scale == 0.0 && scale == 1.0 {
-            return Ok((weight, label));
-        }
-        let key = format!("{which}.layers.{layer}.{}", matrix.name());
-        let seed = self.assembly.seed;
-        Ok((Arc::new(Adjusted::new(weight, seed, &key, input.noise_scale, scale)), label))
-    }
-
     fn experts(&mut self, layer: usize) -> Result<(), MergeError> {
         let (assembly, dims) = (self.assembly, self.shape.dims);
         let stacked = assembly.family.stacked(layer, assembly.layout);
@@ -372,7 +390,7 @@ impl Builder<'_> {
         for (e, input) in assembly.experts.iter().enumerate() {
             for matrix in Matrix::ALL {
                 let (weight, from) =
-                    self.expert_weight(input, &format!("experts.{e}"), layer, matrix)?;
+                    expert_weight(assembly, &dims, input, &format!("experts.{e}"), layer, matrix)?;
                 match (&stacked, matrix) {
                     (None, _) => {
                         let name = assembly.family.expert(layer, e, matrix);
@@ -401,7 +419,8 @@ impl Builder<'_> {
         if assembly.shared.is_empty() {
             return Ok(());
         }
-        let (hidden, inner) = (self.shape.dims.hidden, self.shape.dims.intermediate);
+        let dims = self.shape.dims;
+        let (hidden, inner) = (dims.hidden, dims.intermediate);
         let rows = assembly.shared.len() * inner;
         let stacked = assembly.family.stacked_shared(layer);
         let mut gate = None;
@@ -410,7 +429,7 @@ impl Builder<'_> {
             let mut labels = Vec::new();
             for (i, input) in assembly.shared.iter().enumerate() {
                 let (weight, from) =
-                    self.expert_weight(input, &format!("shared.{i}"), layer, matrix)?;
+                    expert_weight(assembly, &dims, input, &format!("shared.{i}"), layer, matrix)?;
                 parts.push(weight);
                 labels.push(from);
             }
@@ -462,6 +481,30 @@ impl Builder<'_> {
             });
         }
     }
+}
+
+/// One matrix of one expert, with its noise and scale, and the label of its source.
+fn expert_weight(
+    assembly: &Assembly,
+    dims: &Dims,
+    input: &ExpertInput,
+    which: &str,
+    layer: usize,
+    matrix: Matrix,
+) -> Result<(WeightRef, String), MergeError> {
+    let base = &assembly.base;
+    if input.layers.as_ref().is_some_and(|r| !r.contains(&layer)) {
+        let weight = mlp_weight(base, base, dims, layer, matrix)?;
+        return Ok((weight, base.label.clone()));
+    }
+    let weight = mlp_weight(base, &input.source, dims, layer, matrix)?;
+    let scale = if matrix == Matrix::Down { input.residual_scale } else { 1.0 };
+    let label = input.source.label.clone();
+    if input.noise_scale == 0.0 && scale == 1.0 {
+        return Ok((weight, label));
+    }
+    let key = format!("{which}.layers.{layer}.{}", matrix.name());
+    Ok((Arc::new(Adjusted::new(weight, assembly.seed, &key, input.noise_scale, scale)), label))
 }
 
 /// Names and shapes of what a llama-like model has outside its MLPs. Biases and head norms are there if the first layer has

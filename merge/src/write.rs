@@ -151,7 +151,7 @@ fn moe_shards(plan: &Plan, gates: &Gates) -> Vec<ShardPlan> {
 }
 
 /// The weight of a planned tensor; [`Gates::check`] has seen that the gates are there.
-fn numbers(tensor: &PlannedTensor, gates: &Gates) -> WeightRef {
+pub(crate) fn numbers(tensor: &PlannedTensor, gates: &Gates) -> WeightRef {
     let values = match &tensor.content {
         Content::Weight(weight) => return weight.clone(),
         Content::Router(layer) => &gates.layers[*layer],

@@ -46,6 +46,15 @@ pub trait Watcher {
     /// A window went through a MoE layer.
     fn routed(&mut self, window: WindowRouting<'_>);
 
+    /// A token was scored; told in order.
+    ///
+    /// * `text`: number of the text
+    /// * `position`: text tokens before it in its window
+    /// * `nats`: `-ln p(token)`
+    fn scored(&mut self, text: usize, position: usize, nats: f64) {
+        let _ = (text, position, nats);
+    }
+
     /// Asked before every layer; an error stops the pass.
     ///
     /// # Errors
@@ -164,16 +173,24 @@ fn pass(
         watcher.advance(tokens * (l + 1) / layers - tokens * l / layers);
     }
     watcher.go_on()?;
-    score(spec, weights, texts, usize::from(bos.is_some()), pieces, &batches, sums)
+    let scored = score(spec, weights, texts, usize::from(bos.is_some()), pieces, &batches)?;
+    for (place, nats) in scored {
+        sums[place.text].nats += nats;
+        sums[place.text].tokens += 1;
+        watcher.scored(place.text, place.position, nats);
+    }
+    Ok(())
 }
 
 /// A hidden state and the token that follows it.
 struct Place {
     text: usize,
+    /// Of the token that follows, in its window.
+    position: usize,
     next: u32,
 }
 
-/// Through the head, block by block, and the surprise of every scored token.
+/// Through the head, block by block: the surprise of every scored token, in order.
 fn score(
     spec: &Spec,
     weights: &Weights,
@@ -181,8 +198,7 @@ fn score(
     bos: usize,
     pieces: &[Piece],
     batches: &[Batch],
-    sums: &mut [Perplexity],
-) -> Result<(), TextError> {
+) -> Result<Vec<(Place, f64)>, TextError> {
     let (mut states, mut places) = (Vec::new(), Vec::new());
     let last = norm(weights, spec, "model.norm.weight")?;
     let mut rest = pieces.iter();
@@ -197,7 +213,8 @@ fn score(
                 if next as usize >= spec.vocab {
                     return Err(TextError::UnknownToken { token: next, vocab: spec.vocab });
                 }
-                places.push(Place { text: piece.text, next });
+                let position = i - piece.window.start;
+                places.push(Place { text: piece.text, position, next });
             }
         }
     }
@@ -227,15 +244,12 @@ fn score(
         }
     }
     head.release();
-    for ((place, total), own) in places.iter().zip(&totals).zip(&own) {
-        let nats = total.value() - f64::from(*own);
-        if nats.is_nan() {
-            return Err(TextError::NotANumber { token: place.next as usize });
-        }
-        sums[place.text].nats += nats;
-        sums[place.text].tokens += 1;
+    let surprises = totals.iter().zip(&own).map(|(total, own)| total.value() - f64::from(*own));
+    let scored: Vec<(Place, f64)> = places.into_iter().zip(surprises).collect();
+    match scored.iter().find(|(_, nats)| nats.is_nan()) {
+        Some((place, _)) => Err(TextError::NotANumber { token: place.next as usize }),
+        None => Ok(scored),
     }
-    Ok(())
 }
 
 /// Rows of the head as stored, or computed.

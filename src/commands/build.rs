@@ -70,13 +70,15 @@ pub(super) fn notes(warnings: &[String], common: &Common) {
 /// A bar for each stage, one after the other.
 pub(super) struct Bars {
     bar: Mutex<Option<Progress>>,
+    /// What the stages are about.
+    subject: Mutex<String>,
     quiet: bool,
 }
 
 impl Bars {
     /// Bars that show nothing if the user wants none.
     pub fn new(common: &Common) -> Self {
-        Self { bar: Mutex::new(None), quiet: common.quiet || common.json }
+        Self { bar: Mutex::new(None), subject: Mutex::default(), quiet: common.quiet || common.json }
     }
 }
 
@@ -90,7 +92,11 @@ impl Observer for Bars {
             Stage::Evaluate => (Unit::Tokens, "scoring evaluation text"),
         };
         let bar = Progress::new(total, unit, self.quiet);
-        bar.doing(what);
+        let subject = self.subject.lock().unwrap_or_else(|e| e.into_inner());
+        match subject.is_empty() {
+            true => bar.doing(what),
+            false => bar.doing(&format!("{what}: {subject}")),
+        }
         *self.bar.lock().unwrap_or_else(|e| e.into_inner()) = Some(bar);
     }
 
@@ -98,6 +104,10 @@ impl Observer for Bars {
         if let Some(bar) = self.bar.lock().unwrap_or_else(|e| e.into_inner()).as_ref() {
             bar.advance(units);
         }
+    }
+
+    fn subject(&self, what: &str) {
+        what.clone_into(&mut self.subject.lock().unwrap_or_else(|e| e.into_inner()));
     }
 }
 
@@ -255,7 +265,7 @@ fn evaluation_tables(evaluation: &Evaluation, experts: &[String]) -> String {
 }
 
 /// Columns to the right of row names, aligned.
-fn table(columns: &[&str], rows: impl Iterator<Item = (String, Vec<String>)>) -> String {
+pub(super) fn table(columns: &[&str], rows: impl Iterator<Item = (String, Vec<String>)>) -> String {
     let rows: Vec<_> = rows.collect();
     let width = |text: &str| text.chars().count();
     let first = rows.iter().map(|(name, _)| width(name)).max().unwrap_or(0);
@@ -275,8 +285,9 @@ fn table(columns: &[&str], rows: impl Iterator<Item = (String, Vec<String>)>) ->
     text
 }
 
-fn percent(share: Option<f64>) -> String {
-    share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s))
+pub(super) fn percent(share: Option<f64>) -> String {
+    // Adding zero turns -0 into 0.
+    share.map_or("-".into(), |s| format!("{:.0} %", (100.0 * s).round() + 0.0))
 }
 
 fn dense_summary(report: &DenseReport) -> String {

@@ -3,6 +3,7 @@
 mod build;
 mod calibrate;
 mod completions;
+mod evaluate;
 mod generate;
 mod inspect;
 mod logits;
@@ -33,6 +34,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Generate(args) => generate::run(args, common),
         Command::Route(args) => route::run(args, common),
         Command::Calibrate(args) => calibrate::run(args, common),
+        Command::Evaluate(args) => evaluate::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }
