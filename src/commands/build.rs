@@ -78,7 +78,11 @@ pub(super) struct Bars {
 impl Bars {
     /// Bars that show nothing if the user wants none.
     pub fn new(common: &Common) -> Self {
-        Self { bar: Mutex::new(None), subject: Mutex::default(), quiet: common.quiet || common.json }
+        Self {
+            bar: Mutex::new(None),
+            subject: Mutex::default(),
+            quiet: common.quiet || common.json,
+        }
     }
 }
 
