@@ -83,8 +83,12 @@ const BLOCK: usize = 256;
 /// Logits of an anchor's experts without weight lie as far below the others as if they had this share.
 const LEAST_SHARE: f64 = 0.01;
 
-/// `W` with the lowest `Σ_t w_t · (‖Σ_{e in top-k} p_e O_e(z_t) − O_{y_t}(z_t)‖² / S + c · (−ln softmax(W x_t)[y_t])) + penalty · ‖W‖²
-/// + a · ‖W x_a − ln q‖²`, found by L-BFGS from `start`.
+/// The gate that makes the layer's output most like that of the right experts, found by L-BFGS from `start`:
+///
+/// ```text
+/// W = argmin Σ_t w_t (‖Σ_{e in top-k} p_e O_e(z_t) − O_{y_t}(z_t)‖² / S − c ln softmax(W x_t)[y_t])
+///            + penalty ‖W‖² + a ‖W x_a − ln q‖²
+/// ```
 ///
 /// * `x = z / rms(z)`; `p`: softmax over the `top_k` highest logits; `S`: mean squared difference of another expert's output
 ///   from the right one's
