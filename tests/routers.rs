@@ -27,8 +27,9 @@ fn recipe(more: &str, prompts: bool) -> String {
         let model = format!("{}/{name}", sources.display());
         format!("- {{name: {name}, source_model: \"{model}\", positive_prompts: {texts}}}\n")
     };
+    let top_k = if more.contains("experts_per_token") { "" } else { "experts_per_token: 1\n" };
     format!(
-        "base_model: \"{}/base\"\nexperts_per_token: 1\n{more}experts:\n{}{}",
+        "base_model: \"{}/base\"\n{top_k}{more}experts:\n{}{}",
         sources.display(),
         expert("prose", &PROSE),
         expert("code", &CODE)
@@ -184,4 +185,56 @@ fn a_training_that_was_stopped_goes_on_to_the_same_routers() {
     ]);
     assert_eq!(found.code, 3, "{}", found.stderr);
     assert!(found.stderr.contains("no state of a router training"), "{}", found.stderr);
+}
+
+#[test]
+fn a_walk_sees_what_the_model_sees() {
+    let temp = tempfile::tempdir().unwrap();
+    let moe = built(temp.path(), "moe", "gate_mode: random\n", true);
+    let source = common::open(&moe);
+    let sequences = [vec![1, 5, 9, 30, 77], vec![1, 7, 300]];
+    let mut expected = Vec::new();
+    moe_merge_model::probe(&source, &sequences, &mut |layer| {
+        expected.push(layer.router_input.concat());
+        Ok(())
+    })
+    .unwrap();
+    let outputs = moe_merge_model::Outputs::Compare;
+    let mut layers = 0;
+    moe_merge_model::walk(&source, &sequences, outputs, &mut |view| {
+        let near = view.inputs.iter().zip(&expected[view.layer]);
+        assert!(near.clone().all(|(a, b)| (a - b).abs() < 1e-4), "layer {}", view.layer);
+        assert_eq!(view.outputs.len(), 8 * 2 * 2);
+        for p in view.outputs.chunks(4) {
+            // Two outputs about their mean are each other's opposite.
+            assert!(
+                p[0] > 0.0
+                    && (p[0] + p[1]).abs() < 1e-4 * p[0]
+                    && (p[0] - p[3]).abs() < 1e-4 * p[0]
+            );
+        }
+        layers += 1;
+        let name = format!("model.layers.{}.block_sparse_moe.gate.weight", view.layer);
+        Ok(source.tensors[&name].to_f32().unwrap())
+    })
+    .unwrap();
+    assert_eq!(layers, expected.len());
+    assert_eq!(layers, 6);
+}
+
+#[test]
+fn the_first_token_gets_experts_that_predict_what_all_would() {
+    let temp = tempfile::tempdir().unwrap();
+    let moe = built(temp.path(), "moe", "gate_mode: random\nexperts_per_token: 2\n", true);
+    let source = common::open(&moe);
+    let found = moe_merge_model::first_token(&source, 1, &[0, 1]).unwrap().unwrap();
+    assert_eq!(found, moe_merge_model::first_token(&source, 1, &[0, 1]).unwrap().unwrap());
+    assert_eq!(found.len(), 6);
+    for weights in found.values() {
+        assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    }
+    // Both are to be pleased, so neither gets nearly everything.
+    let share = |expert: usize| found.values().map(|w| w[expert]).sum::<f32>() / 6.0;
+    assert!((0.2..0.8).contains(&share(0)) && (0.2..0.8).contains(&share(1)), "{found:?}");
+    assert_eq!(moe_merge_model::first_token(&source, 1, &[0]).unwrap(), None);
 }
