@@ -33,6 +33,7 @@ pub mod routing;
 mod routing_backward;
 mod scratch;
 mod simd;
+mod tasks;
 mod vector;
 mod view;
 
