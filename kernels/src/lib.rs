@@ -31,6 +31,7 @@ mod norm;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
+mod rows;
 mod scratch;
 mod simd;
 mod tasks;

@@ -1,5 +1,6 @@
 //! Parts of one piece of work, handed out to threads one after another.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Calls `work` once for each of `0..tasks`, on the threads of the pool if that is worth it.
@@ -42,6 +43,32 @@ fn spread(threads: usize, take: &(impl Fn() + Sync)) {
     }
     let there = threads / 2;
     rayon::join(|| spread(threads - there, take), || spread(there, take));
+}
+
+/// Numbers of which every task writes some.
+pub(crate) struct Parts<'a> {
+    start: *mut f32,
+    len: usize,
+    numbers: PhantomData<&'a mut [f32]>,
+}
+// SAFETY: whoever takes a range promises that no other task has any of it.
+unsafe impl Sync for Parts<'_> {}
+
+impl<'a> Parts<'a> {
+    pub fn new(numbers: &'a mut [f32]) -> Self {
+        Self { start: numbers.as_mut_ptr(), len: numbers.len(), numbers: PhantomData }
+    }
+
+    /// Numbers `from..from + len`.
+    ///
+    /// # Safety
+    /// Nobody else holds any of them.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn range(&self, from: usize, len: usize) -> &mut [f32] {
+        assert!(len <= self.len && from <= self.len - len, "a range behind the end");
+        // SAFETY: they lie inside, and are the caller's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
+    }
 }
 
 #[cfg(test)]
