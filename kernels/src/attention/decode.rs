@@ -222,11 +222,15 @@ unsafe fn some_products<S: Vector, const T: usize, const K: usize>(
         let mut sums = [[S::zero(); K]; T];
         let mut d = 0;
         while d + S::N <= dim {
-            let keys: [S::V; K] = std::array::from_fn(|j| S::load(k.add(j * step + d)));
+            // The smaller number of vectors is held: AVX2 has just enough for it.
+            let mut queries = [S::zero(); T];
             for t in 0..T {
-                let q = S::load(q[t].as_ptr().add(d));
-                for j in 0..K {
-                    sums[t][j] = S::fma(q, keys[j], sums[t][j]);
+                queries[t] = S::load(q[t].as_ptr().add(d));
+            }
+            for j in 0..K {
+                let key = S::load(k.add(j * step + d));
+                for t in 0..T {
+                    sums[t][j] = S::fma(queries[t], key, sums[t][j]);
                 }
             }
             d += S::N;
@@ -347,17 +351,23 @@ unsafe fn some_columns<S: Vector, const T: usize, const C: usize>(
     // SAFETY: the caller's; rows of weights and state lie inside, as asserted.
     unsafe {
         let at = state.as_mut_ptr().add(STATE + from);
-        let mut sums: [[S::V; C]; T] = std::array::from_fn(|t| {
+        let mut sums = [[S::zero(); C]; T];
+        for t in 0..T {
             let correction = S::splat(state[t * width + CORRECTION]);
-            std::array::from_fn(|c| S::mul(S::load(at.add(t * width + c * S::N)), correction))
-        });
+            for c in 0..C {
+                sums[t][c] = S::mul(S::load(at.add(t * width + c * S::N)), correction);
+            }
+        }
         for j in 0..count {
             let v = v.0.add(j * v.1 + from);
-            let values: [S::V; C] = std::array::from_fn(|c| S::load(v.add(c * S::N)));
+            let mut weight = [S::zero(); T];
             for t in 0..T {
-                let weight = S::splat(*weights.as_ptr().add(t * BLOCK + j));
-                for c in 0..C {
-                    sums[t][c] = S::fma(weight, values[c], sums[t][c]);
+                weight[t] = S::splat(*weights.as_ptr().add(t * BLOCK + j));
+            }
+            for c in 0..C {
+                let value = S::load(v.add(c * S::N));
+                for t in 0..T {
+                    sums[t][c] = S::fma(weight[t], value, sums[t][c]);
                 }
             }
         }
