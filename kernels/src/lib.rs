@@ -16,6 +16,8 @@
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
 pub mod activation;
+#[cfg(test)]
+mod allocations;
 pub mod attention;
 mod attention_backward;
 pub mod cast;
