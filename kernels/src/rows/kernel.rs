@@ -84,11 +84,11 @@ impl Rows<'_> {
     /// The processor has the instruction set.
     #[inline(always)]
     unsafe fn with<S: Vector, F: Stored>(self) {
-        // SAFETY: the caller's. More sums side by side where few tokens leave registers for them.
+        // SAFETY: the caller's. With one token it takes more sums side by side to keep the units busy.
         unsafe {
             match self.tokens {
                 1 => self.each_row::<S, F, 1, 4>(),
-                2 => self.each_row::<S, F, 2, 2>(),
+                2 => self.each_row::<S, F, 2, 1>(),
                 _ => self.each_row::<S, F, FEW, 1>(),
             }
         }
