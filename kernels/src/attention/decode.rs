@@ -1,5 +1,8 @@
 //! Attention of few queries: one pass over the cache for each key-value head, with all query heads that it serves.
 
+// Indices of registers.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use super::{AttentionSpec, KeyValues};
