@@ -28,6 +28,7 @@ mod exec;
 mod linear;
 mod linear_backward;
 mod norm;
+mod panel;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
