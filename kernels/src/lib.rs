@@ -32,8 +32,10 @@ mod panel;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
+mod rows;
 mod scratch;
 mod simd;
+mod tasks;
 mod vector;
 mod view;
 

@@ -55,6 +55,8 @@ pub(crate) trait Vector: Copy + 'static {
     unsafe fn widen_bf16(p: *const u8) -> Self::V;
     /// `N` f16 numbers.
     unsafe fn widen_f16(p: *const u8) -> Self::V;
+    /// `2 N` bf16 numbers: those at even places, and those at odd ones.
+    unsafe fn split_bf16(p: *const u8) -> (Self::V, Self::V);
     /// `dst[j * to + i] = src[i * from + j]` for a block of `N` by `N` numbers.
     unsafe fn transpose(src: *const f32, from: usize, dst: *mut f32, to: usize);
 
@@ -169,6 +171,12 @@ mod tests {
                     crate::cast::narrow(&a, dtype, &mut bytes[1..]);
                     check(wide(bytes[1..].as_ptr()), &|i| a[i]);
                 }
+                let twice: Vec<f32> = (0..2 * n).map(|i| i as f32 - 2.5).collect();
+                let mut bytes = vec![0; 4 * n + 1];
+                crate::cast::narrow(&twice, Dtype::BF16, &mut bytes[1..]);
+                let (even, odd) = S::split_bf16(bytes[1..].as_ptr());
+                check(even, &|i| twice[2 * i]);
+                check(odd, &|i| twice[2 * i + 1]);
                 let exp = S::exp(S::mul(va, S::splat(-3.0)));
                 S::store(out.as_mut_ptr(), exp);
                 for (x, e) in a.iter().zip(&out) {

@@ -82,6 +82,14 @@ impl Vector for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn split_bf16(p: *const u8) -> (__m256, __m256) {
+        unsafe {
+            let bits = _mm256_loadu_si256(p.cast());
+            let odd = _mm256_and_si256(bits, _mm256_set1_epi32(!0xffff));
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(odd))
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, from: usize, dst: *mut f32, to: usize) {
         unsafe {
             let mut r = [_mm256_setzero_ps(); 8];

@@ -78,6 +78,14 @@ impl Vector for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn split_bf16(p: *const u8) -> (__m512, __m512) {
+        unsafe {
+            let bits = _mm512_loadu_si512(p.cast());
+            let odd = _mm512_and_si512(bits, _mm512_set1_epi32(!0xffff));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(odd))
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, from: usize, dst: *mut f32, to: usize) {
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];

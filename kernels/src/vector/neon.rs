@@ -82,6 +82,14 @@ impl Vector for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn split_bf16(p: *const u8) -> (float32x4_t, float32x4_t) {
+        unsafe {
+            let bits = vreinterpretq_u32_u8(vld1q_u8(p));
+            let odd = vandq_u32(bits, vdupq_n_u32(!0xffff));
+            (vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits)), vreinterpretq_f32_u32(odd))
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, from: usize, dst: *mut f32, to: usize) {
         unsafe {
             let rows = [0, 1, 2, 3].map(|i| Self::load(src.add(i * from)));

@@ -84,6 +84,12 @@ impl Vector for Portable {
         bits.map(|b| f16::from_bits(b).to_f32())
     }
     #[inline(always)]
+    unsafe fn split_bf16(p: *const u8) -> (Four, Four) {
+        // SAFETY: the caller has sixteen bytes there.
+        let bits = unsafe { p.cast::<[u32; 4]>().read_unaligned() };
+        (bits.map(|b| f32::from_bits(b << 16)), bits.map(|b| f32::from_bits(b & !0xffff)))
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, from: usize, dst: *mut f32, to: usize) {
         for i in 0..4 {
             for j in 0..4 {
