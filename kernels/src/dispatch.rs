@@ -8,6 +8,7 @@ use crate::exec::Exec;
 use crate::linear::ALONE_BELOW;
 use crate::panel::{Form, GateUpBlock, LinearBlock, Output, Panels, ROWS};
 use crate::routing::Routing;
+use crate::rows::{self, FEW};
 use crate::scratch::Scratch;
 use crate::tasks;
 use crate::vector::{self, Job, Vector};
@@ -107,6 +108,9 @@ pub fn moe_forward(
     KernelError::check("expert output", tokens * hidden, out.len())?;
     for expert in experts {
         expert.check(hidden)?;
+    }
+    if (1..=FEW).contains(&tokens) && !exec.batch_invariant {
+        return rows::moe_few(x, routing, experts, activation, out, exec);
     }
     let groups = group(routing, experts.len())?;
     if out.is_empty() {

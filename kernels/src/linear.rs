@@ -3,6 +3,7 @@
 use crate::error::KernelError;
 use crate::exec::Exec;
 use crate::panel::{self, Form, LinearBlock, Output, ROWS};
+use crate::rows::{self, FEW};
 use crate::tasks;
 use crate::view::MatView;
 
@@ -33,6 +34,9 @@ pub fn linear(
     }
     if out.is_empty() {
         return Ok(());
+    }
+    if tokens <= FEW && !exec.batch_invariant {
+        return rows::linear_few(x, w, bias, out, exec);
     }
     let panels = panel::of_rows(x, tokens, cols, Form::of(w.dtype(), exec), exec);
     let (chunks, blocks) = (panels.chunks(), rows.div_ceil(ROWS));
