@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{RopeSpec, RopeTable};
+use moe_merge_kernels::{Exec, RopeSpec, RopeTable};
 
 use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
@@ -38,8 +38,16 @@ impl Model {
     /// # Errors
     /// [`ModelError::Config`] for what is not done; [`ModelError::Checkpoint`] for missing or misshapen tensors.
     pub fn open(source: &Source) -> Result<Self, ModelError> {
+        Self::open_with(source, Exec::default())
+    }
+
+    /// As [`Model::open`], with products computed as `exec` says; routers choose by exact ones in any case.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_with(source: &Source, exec: Exec) -> Result<Self, ModelError> {
         let spec = Spec::of(source)?;
-        let weights = Weights::new(source, &spec)?;
+        let weights = Weights::new(source, &spec)?.computed(exec);
         let embedding = weights.get("model.embed_tokens.weight")?;
         let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
         Ok(Self {
@@ -47,7 +55,7 @@ impl Model {
                 .map(|l| Layer::load(&weights, &spec, l))
                 .collect::<Result<_, _>>()?,
             norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: FrozenLinear::new(head, None),
+            head: weights.frozen(head, None),
             embedding,
             spec,
         })

@@ -12,8 +12,8 @@ use candle_core::{
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
 use moe_merge_kernels::{
-    Activation, AttentionSpec, ExpertView, KernelError, KeyValues, MatView, RopeTable, RouterSpec,
-    Routing, activation, dense,
+    Accuracy, Activation, AttentionSpec, Exec, ExpertView, KernelError, KeyValues, MatView,
+    RopeTable, RouterSpec, Routing, activation, dense,
 };
 use rayon::prelude::*;
 
@@ -62,12 +62,19 @@ pub(crate) struct FrozenLinear {
     /// `[out, in]`, with bytes of its own.
     weight: WeightRef,
     bias: Option<Arc<[f32]>>,
+    exec: Exec,
 }
 
 impl FrozenLinear {
     /// `weight` has two axes and bytes: the loader sees to it.
-    pub fn new(weight: WeightRef, bias: Option<Arc<[f32]>>) -> Self {
-        Self { weight, bias }
+    pub fn new(weight: WeightRef, bias: Option<Arc<[f32]>>, exec: Exec) -> Self {
+        Self { weight, bias, exec }
+    }
+
+    /// The same, with activations as f32 whatever it was made with.
+    pub fn exact(self) -> Self {
+        let exec = Exec { accuracy: Accuracy::Exact, ..self.exec };
+        Self { exec, ..self }
     }
 
     /// The weight as a matrix.
@@ -94,7 +101,7 @@ impl CustomOp1 for FrozenLinear {
         let (x, w) = (values(storage, layout)?, self.view()?);
         let tokens = layout.shape().dims2()?.0;
         let mut out = vec![0.0; tokens * w.rows()];
-        kernels::linear(x, w, self.bias.as_deref(), &mut out).map_err(refused)?;
+        kernels::linear(x, w, self.bias.as_deref(), &mut out, &self.exec).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, w.rows()).into()))
     }
 
@@ -546,7 +553,9 @@ impl CustomOp2 for Experts {
         }
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
-        kernels::moe_forward(x, &self.routing, &self.views()?, self.activation, &mut out)
+        let exec = self.experts.first().map_or_else(Exec::default, |e| e.gate.exec);
+        let views = self.views()?;
+        kernels::moe_forward(x, &self.routing, &views, self.activation, &mut out, &exec)
             .map_err(refused)?;
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }

@@ -1,7 +1,7 @@
 //! From the last stream to the loss and back, without ever holding all logits.
 
 use moe_merge_kernels::{
-    LogSumExp, MatView, dense, linear, linear_backward, rms_norm, rms_norm_backward, softmax,
+    Exec, LogSumExp, MatView, dense, linear, linear_backward, rms_norm, rms_norm_backward, softmax,
 };
 use rayon::prelude::*;
 
@@ -98,7 +98,7 @@ impl Head<'_> {
     /// Logits as the model gives them, `[rows, vocab]`.
     fn logits(&self, states: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut logits = vec![0.0; states.len() / self.spec.hidden * self.spec.vocab];
-        linear(states, self.weight, None, &mut logits)?;
+        linear(states, self.weight, None, &mut logits, &Exec::default())?;
         let (divisor, cap) = (self.spec.logits_divisor, self.spec.final_softcap);
         if divisor != 1.0 || cap.is_some() {
             logits.par_iter_mut().for_each(|l| {
