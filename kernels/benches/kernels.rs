@@ -8,8 +8,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use moe_merge_kernels::{
-    Activation, AttentionSpec, Dtype, KeyValues, MatView, attention, attention_backward, cast,
-    dense, linear, linear_backward,
+    Activation, AttentionSpec, Dtype, Exec, KeyValues, MatView, attention, attention_backward,
+    cast, dense, linear, linear_backward,
 };
 use rayon::prelude::*;
 
@@ -106,9 +106,12 @@ fn prefill(threads: usize) {
                 100.0 * speed / peak
             );
             let (dy, mut dx) = (numbers(tokens * rows), vec![0.0; tokens * cols]);
-            let into = dense::Into::Overwrite;
+            let (exec, into) = (Exec::default(), dense::Into::Overwrite);
             let (time, limit) = in_turn(
-                &mut || linear_backward(&dy, weight, black_box(&mut dx), into).expect("sizes fit"),
+                &mut || {
+                    linear_backward(&dy, weight, &exec, black_box(&mut dx), into)
+                        .expect("sizes fit")
+                },
                 &mut || square_products(&a, &b, black_box(&mut square), threads),
             );
             let speed = 2e-9 * (tokens * rows * cols) as f64 / time;

@@ -28,6 +28,7 @@ mod exec;
 mod linear;
 mod linear_backward;
 mod norm;
+mod product;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
@@ -37,6 +38,7 @@ mod simd;
 mod tasks;
 mod vector;
 mod view;
+mod widen;
 
 pub use activation::Activation;
 pub use attention::{AttentionSpec, KeyValues, attention};
