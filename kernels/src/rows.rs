@@ -1,16 +1,17 @@
 //! Products for few tokens, bound by the speed of memory: weights are read once, one row after another.
 
 mod kernel;
+mod moe;
 
 use crate::cast::Dtype;
 use crate::error::KernelError;
-use crate::exec::Exec;
-use crate::exec::Isa;
+use crate::exec::{Exec, Isa};
 use crate::scratch::Scratch;
 use crate::tasks::{self, Parts};
 use crate::vector::{self, Job, Vector};
 use crate::view::MatView;
 use kernel::Rows;
+pub(crate) use moe::moe_few;
 
 /// The most tokens that a row is multiplied with at once.
 pub(crate) const FEW: usize = 3;
@@ -20,6 +21,15 @@ const TASK: usize = 128 << 10;
 
 /// Bytes of weights from which on other threads help: below, waking them takes longer.
 pub(super) const SHARED_FROM: usize = 2 << 20;
+
+/// Numbers that activation vectors are padded to: a block of the widest set.
+const PAD: usize = 32;
+
+/// The set whose vectors are used: those of AVX-512 are as long as a cache line, and weights in files lie across two lines,
+/// which makes them slower than AVX2 here (0.60 against 0.74 of the plain read speed at 16 bytes off a line).
+fn set(exec: &Exec) -> Isa {
+    if exec.isa > Isa::Avx2 { Isa::Avx2 } else { exec.isa }
+}
 
 /// Order of activations in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +44,17 @@ enum Form {
 impl Form {
     fn of(dtype: Dtype) -> Self {
         if dtype == Dtype::BF16 { Form::Split } else { Form::Plain }
+    }
+
+    /// Writes one vector in this form, zero up to the end of its last block.
+    fn put(self, isa: Isa, from: &[f32], to: &mut [f32]) {
+        match self {
+            Form::Plain => {
+                to[..from.len()].copy_from_slice(from);
+                to[from.len()..].fill(0.0);
+            }
+            Form::Split => vector::run(isa, Split { from, to }),
+        }
     }
 }
 
@@ -51,17 +72,14 @@ impl Prepared {
     ///
     /// * `x`: `[vectors, cols]`
     pub fn new(x: &[f32], vectors: usize, cols: usize, dtype: Dtype, exec: &Exec) -> Self {
-        let (form, isa) = (Form::of(dtype), exec.isa);
-        let stride = cols.next_multiple_of(WIDEST);
+        Self::in_form(x, vectors, cols, Form::of(dtype), exec)
+    }
+
+    fn in_form(x: &[f32], vectors: usize, cols: usize, form: Form, exec: &Exec) -> Self {
+        let (stride, isa) = (cols.next_multiple_of(PAD), set(exec));
         let mut data = Scratch::new(vectors * stride);
         for (to, from) in data.chunks_exact_mut(stride.max(1)).zip(x.chunks_exact(cols.max(1))) {
-            match form {
-                Form::Plain => {
-                    to[..cols].copy_from_slice(from);
-                    to[cols..].fill(0.0);
-                }
-                Form::Split => vector::run(isa, Split { from, to }),
-            }
+            form.put(isa, from, to);
         }
         Self { data, stride, cols, form, isa }
     }
@@ -70,9 +88,6 @@ impl Prepared {
         &self.data[index * self.stride..(index + 1) * self.stride]
     }
 }
-
-/// Numbers in a block of the widest set.
-const WIDEST: usize = 32;
 
 /// Puts numbers into the order of [`Form::Split`].
 struct Split<'a> {
@@ -109,18 +124,15 @@ impl Job for Split<'_> {
 /// * `which`: 1 to [`FEW`] vectors of `x`, prepared for the dtype of `w`; `sums`: `[w.rows(), which.len()]`
 pub(crate) fn multiply(w: MatView<'_>, x: &Prepared, which: &[usize], sums: &mut [f32]) {
     assert!(x.form == Form::of(w.dtype()) && x.cols == w.cols(), "activations of another matrix");
-    assert_eq!(sums.len(), w.rows() * which.len());
     let mut vectors: [&[f32]; FEW] = [&[]; FEW];
     vectors.iter_mut().zip(which).for_each(|(v, i)| *v = x.vector(*i));
-    let job = Rows {
-        bytes: w.bytes(),
-        dtype: w.dtype(),
-        cols: w.cols(),
-        x: vectors,
-        tokens: which.len(),
-        sums,
-    };
-    vector::run(x.isa, job);
+    multiply_vectors(w, vectors, which.len(), sums, x.isa);
+}
+
+/// [`multiply`] with the first `count` of `x`, which are in the form of the dtype.
+fn multiply_vectors(w: MatView<'_>, x: [&[f32]; FEW], count: usize, sums: &mut [f32], isa: Isa) {
+    let (bytes, dtype, cols) = (w.bytes(), w.dtype(), w.cols());
+    vector::run(isa, Rows { bytes, dtype, cols, x, tokens: count, sums });
 }
 
 /// Linear layer for few tokens: `out[t, r] = sum_c x[t, c] * w[r, c] + bias[r]`.

@@ -4,7 +4,8 @@ use super::FEW;
 use crate::cast::Dtype;
 use crate::vector::{Job, Vector};
 
-/// How far ahead of the row it works on a kernel asks for weights, in bytes.
+/// How far ahead of the row it works on a kernel asks for weights, in bytes. It asks for one line after another whatever the
+/// number of rows at work: two streams side by side take half the speed of memory.
 const AHEAD: usize = 4096;
 
 /// Bytes that come from memory together.
@@ -105,12 +106,16 @@ impl Rows<'_> {
     /// The processor has the instruction set.
     #[inline(always)]
     unsafe fn with<S: Vector, F: Stored>(self) {
+        // Activations are read once for two rows where that pays: f32 has half as many of them for each byte.
+        let two_rows = F::SIZE == 2;
         // SAFETY: the caller's. More sums side by side where few tokens leave registers for them.
         unsafe {
-            match self.tokens {
-                1 => self.each_row::<S, F, 1, 4>(),
-                2 => self.each_row::<S, F, 2, 2>(),
-                _ => self.each_row::<S, F, FEW, 2>(),
+            match (self.tokens, two_rows) {
+                (1, _) => self.each_row::<S, F, 1, 4, 1>(),
+                (2, false) => self.each_row::<S, F, 2, 2, 1>(),
+                (2, true) => self.each_row::<S, F, 2, 2, 2>(),
+                (_, false) => self.each_row::<S, F, FEW, 2, 1>(),
+                (_, true) => self.each_row::<S, F, FEW, 1, 2>(),
             }
         }
     }
@@ -118,68 +123,116 @@ impl Rows<'_> {
     /// # Safety
     /// The processor has the instruction set.
     #[inline(always)]
-    unsafe fn each_row<S: Vector, F: Stored, const T: usize, const U: usize>(self) {
-        let block = 2 * S::N;
-        let (blocks, tail) = (self.cols / block, self.cols % block);
-        let (width, step) = (self.cols * F::SIZE, block * F::SIZE);
-        let padded = self.cols.next_multiple_of(block);
+    unsafe fn each_row<S: Vector, F: Stored, const T: usize, const U: usize, const R: usize>(self) {
+        let padded = self.cols.next_multiple_of(2 * S::N);
         assert!(T == self.tokens && self.x[..T].iter().all(|x| x.len() >= padded));
-        assert_eq!(self.bytes.len(), self.sums.len() / T * width);
+        let (rows, width) = (self.sums.len() / T, self.cols * F::SIZE);
+        assert_eq!(self.bytes.len(), rows * width);
         let x: [*const f32; T] = std::array::from_fn(|t| self.x[t].as_ptr());
-        for (r, sums) in self.sums.chunks_exact_mut(T).enumerate() {
-            // SAFETY: row `r` has `width` bytes, and `blocks` whole blocks lie in it; every activation vector has `padded`
-            // numbers.
-            unsafe {
-                let row = self.bytes.as_ptr().add(r * width);
-                let mut sum = [[[S::zero(); 2]; U]; T];
-                let mut b = 0;
-                while b + U <= blocks {
-                    for line in (0..U * step).step_by(LINE) {
-                        prefetch(row.wrapping_add(b * step + line + AHEAD));
-                    }
-                    for u in 0..U {
-                        let w = F::load::<S>(row.add((b + u) * step));
-                        for t in 0..T {
-                            add::<S>(&mut sum[t][u], w, x[t].add((b + u) * block));
-                        }
-                    }
-                    b += U;
-                }
-                while b < blocks {
-                    prefetch(row.wrapping_add(b * step + AHEAD));
-                    let w = F::load::<S>(row.add(b * step));
-                    for t in 0..T {
-                        add::<S>(&mut sum[t][0], w, x[t].add(b * block));
-                    }
-                    b += 1;
-                }
-                if tail > 0 {
-                    let mut rest = [0u8; BLOCK];
-                    let from = row.add(blocks * step);
-                    std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), tail * F::SIZE);
-                    let w = F::load::<S>(rest.as_ptr());
-                    for t in 0..T {
-                        add::<S>(&mut sum[t][U - 1], w, x[t].add(blocks * block));
-                    }
-                }
-                for t in 0..T {
-                    sums[t] = total::<S, U>(sum[t]);
-                }
+        let (bytes, sums) = (self.bytes.as_ptr(), self.sums.as_mut_ptr());
+        let mut r = 0;
+        // SAFETY: every row has `width` bytes and `T` sums, every activation vector `padded` numbers.
+        unsafe {
+            while r + R <= rows {
+                some_rows::<S, F, T, U, R>(bytes.add(r * width), self.cols, x, sums.add(r * T));
+                r += R;
+            }
+            while r < rows {
+                some_rows::<S, F, T, U, 1>(bytes.add(r * width), self.cols, x, sums.add(r * T));
+                r += 1;
             }
         }
     }
 }
 
-/// `sum += w * x`, for both halves of a block.
+/// Sums of `R` rows with `T` vectors, `U` blocks side by side. The order of a sum does not depend on `R`.
+///
+/// # Safety
+/// `R * cols` numbers can be read at `rows`, `cols` in whole blocks at each of `x`, and `R * T` written at `sums`; the
+/// processor has the instruction set.
+#[inline(always)]
+unsafe fn some_rows<S: Vector, F: Stored, const T: usize, const U: usize, const R: usize>(
+    rows: *const u8,
+    cols: usize,
+    x: [*const f32; T],
+    sums: *mut f32,
+) {
+    let block = 2 * S::N;
+    let (blocks, tail) = (cols / block, cols % block);
+    let (width, step) = (cols * F::SIZE, block * F::SIZE);
+    // SAFETY: `blocks` whole blocks and `tail` numbers lie in a row of `width` bytes.
+    unsafe {
+        let rows: [*const u8; R] = std::array::from_fn(|r| rows.add(r * width));
+        let ahead = rows[0].wrapping_add(AHEAD.max(R * width));
+        let mut sum = [[[[S::zero(); 2]; U]; T]; R];
+        let mut b = 0;
+        while b + U <= blocks {
+            for line in (0..R * U * step).step_by(LINE) {
+                prefetch(ahead.wrapping_add(R * b * step + line));
+            }
+            for u in 0..U {
+                let at = b + u;
+                let w: [_; R] = std::array::from_fn(|r| F::load::<S>(rows[r].add(at * step)));
+                for t in 0..T {
+                    let x = halves::<S>(x[t].add(at * block));
+                    for r in 0..R {
+                        add::<S>(&mut sum[r][t][u], w[r], x);
+                    }
+                }
+            }
+            b += U;
+        }
+        while b < blocks {
+            for line in (0..R * step).step_by(LINE) {
+                prefetch(ahead.wrapping_add(R * b * step + line));
+            }
+            for r in 0..R {
+                let w = F::load::<S>(rows[r].add(b * step));
+                for t in 0..T {
+                    add::<S>(&mut sum[r][t][0], w, halves::<S>(x[t].add(b * block)));
+                }
+            }
+            b += 1;
+        }
+        if tail > 0 {
+            for r in 0..R {
+                let mut rest = [0u8; BLOCK];
+                let from = rows[r].add(blocks * step);
+                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), tail * F::SIZE);
+                let w = F::load::<S>(rest.as_ptr());
+                for t in 0..T {
+                    add::<S>(&mut sum[r][t][U - 1], w, halves::<S>(x[t].add(blocks * block)));
+                }
+            }
+        }
+        for r in 0..R {
+            for t in 0..T {
+                *sums.add(r * T + t) = total::<S, U>(sum[r][t]);
+            }
+        }
+    }
+}
+
+/// The activations of a block.
 ///
 /// # Safety
 /// `2 N` numbers can be read at `x`, and the processor has the instruction set.
 #[inline(always)]
-unsafe fn add<S: Vector>(sum: &mut [S::V; 2], w: (S::V, S::V), x: *const f32) {
+unsafe fn halves<S: Vector>(x: *const f32) -> (S::V, S::V) {
+    // SAFETY: the caller's.
+    unsafe { (S::load(x), S::load(x.add(S::N))) }
+}
+
+/// `sum += w * x`, for both halves of a block.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+unsafe fn add<S: Vector>(sum: &mut [S::V; 2], w: (S::V, S::V), x: (S::V, S::V)) {
     // SAFETY: the caller's.
     unsafe {
-        sum[0] = S::fma(w.0, S::load(x), sum[0]);
-        sum[1] = S::fma(w.1, S::load(x.add(S::N)), sum[1]);
+        sum[0] = S::fma(w.0, x.0, sum[0]);
+        sum[1] = S::fma(w.1, x.1, sum[1]);
     }
 }
 
