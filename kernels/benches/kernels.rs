@@ -180,7 +180,7 @@ fn rest() {
     let mut out = vec![0.0; tokens * 576];
     let (mut gate, up) = (numbers(tokens * 1536), numbers(tokens * 1536));
     let (attended, gated) = in_turn(
-        &mut || attention(&q, kv, &spec, black_box(&mut out)).expect("sizes fit"),
+        &mut || attention(&q, kv, &spec, &Exec::default(), black_box(&mut out)).expect("sizes fit"),
         &mut || Activation::Silu.gate(black_box(&mut gate), &up),
     );
     let d_out = numbers(tokens * 576);

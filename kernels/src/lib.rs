@@ -36,6 +36,7 @@ mod rows;
 mod scratch;
 mod simd;
 mod tasks;
+mod transpose;
 mod vector;
 mod view;
 mod widen;
