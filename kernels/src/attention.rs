@@ -1,7 +1,7 @@
 //! Causal attention with grouped key-value heads.
 
 pub(crate) mod panel;
-mod prefill;
+pub(crate) mod prefill;
 
 use crate::error::KernelError;
 use crate::exec::Exec;

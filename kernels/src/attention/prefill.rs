@@ -87,15 +87,15 @@ fn attend(
 
 /// Another block of scores: they become `exp(score - max)` with the new maximum, and what was summed up so far changes over
 /// to that.
-struct Step<'a> {
+pub(crate) struct Step<'a> {
     /// `[keys, lanes]`.
-    scores: &'a mut [f32],
+    pub scores: &'a mut [f32],
     /// `[lanes]`.
-    max: &'a mut [f32],
+    pub max: &'a mut [f32],
     /// `[lanes]`.
-    total: &'a mut [f32],
+    pub total: &'a mut [f32],
     /// `[v_dim, lanes]`.
-    sums: &'a mut [f32],
+    pub sums: &'a mut [f32],
 }
 
 impl Job for Step<'_> {
