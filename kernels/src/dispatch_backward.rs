@@ -56,8 +56,8 @@ pub fn moe_backward(
         let inter = expert.gate.rows();
         let (input, d_rows) = (gather(x), gather(d_out));
         let (mut gate, mut up) = (vec![0.0; (to - from) * inter], vec![0.0; (to - from) * inter]);
-        linear(&input, expert.gate, None, &mut gate)?;
-        linear(&input, expert.up, None, &mut up)?;
+        linear(&input, expert.gate, None, &mut gate, &crate::Exec::default())?;
+        linear(&input, expert.up, None, &mut up, &crate::Exec::default())?;
         let mut d_h = vec![0.0; (to - from) * inter];
         linear_backward(&d_rows, expert.down, &Exec::default(), &mut d_h, Into::Overwrite)?;
         // a . f(g) u is (a f(g)) . u: the gradient of `up`, before its weight, gives that of the weight.

@@ -29,6 +29,7 @@ mod linear;
 mod linear_backward;
 mod norm;
 mod product;
+mod panel;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
