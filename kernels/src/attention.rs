@@ -1,8 +1,10 @@
 //! Causal attention with grouped key-value heads.
 
-mod prefill;
+pub(crate) mod panel;
+pub(crate) mod prefill;
 
 use crate::error::KernelError;
+use crate::exec::Exec;
 
 /// Sizes and options of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,6 +54,7 @@ pub fn attention(
     q: &[f32],
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
+    exec: &Exec,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
@@ -75,13 +78,14 @@ pub fn attention(
         return Ok(());
     }
     KernelError::check("heads, a multiple of key-value heads", heads - heads % kv_heads, heads)?;
-    prefill::prefill(q, kv, spec, tokens, out);
+    prefill::prefill(q, kv, spec, tokens, exec, out);
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Isa;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
@@ -130,8 +134,13 @@ mod tests {
 
     #[test]
     fn equals_the_formula() {
-        for (tokens, keys) in [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131)] {
-            for (window, softcap) in [(None, None), (Some(1), None), (Some(8), Some(5.0))] {
+        let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
+        let sizes = [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131), (33, 230)];
+        for (isa, (tokens, keys)) in isas.flat_map(|isa| sizes.map(|sizes| (isa, sizes))) {
+            let exec = Exec::on(isa).unwrap();
+            for (window, softcap) in
+                [(None, None), (Some(1), None), (Some(8), Some(5.0)), (Some(100), None)]
+            {
                 let s = AttentionSpec {
                     heads: 4,
                     kv_heads: 2,
@@ -144,9 +153,9 @@ mod tests {
                 let (q, k, v) =
                     (numbers(tokens * 24, 1), numbers(keys * 12, 2), numbers(keys * 10, 3));
                 let mut out = vec![f32::NAN; tokens * 20];
-                attention(&q, flat(&k, &v, &s), &s, &mut out).unwrap();
+                attention(&q, flat(&k, &v, &s), &s, &exec, &mut out).unwrap();
                 for (o, e) in out.iter().zip(plain(&q, &k, &v, tokens, &s)) {
-                    assert!((*o as f64 - e).abs() < 1e-5, "{tokens} {keys} {window:?}");
+                    assert!((*o as f64 - e).abs() < 1e-5, "{isa:?} {tokens} {keys} {window:?}");
                 }
             }
         }
@@ -167,10 +176,39 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; 150 * 96];
-            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &mut out)).unwrap();
+            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &Exec::default(), &mut out))
+                .unwrap();
             out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(2));
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn a_query_does_not_depend_on_its_neighbours() {
+        for window in [None, Some(50)] {
+            let s = AttentionSpec {
+                heads: 2,
+                kv_heads: 1,
+                qk_dim: 5,
+                v_dim: 7,
+                scale: 0.4,
+                softcap: Some(3.0),
+                window,
+            };
+            let (q, k, v) = (numbers(230 * 10, 1), numbers(230 * 5, 2), numbers(230 * 7, 3));
+            let exec = Exec { batch_invariant: true, ..Exec::default() };
+            let run = |from: usize, to: usize| {
+                let kv = flat(&k[..to * 5], &v[..to * 7], &s);
+                let mut out = vec![0.0; (to - from) * 14];
+                attention(&q[from * 10..to * 10], kv, &s, &exec, &mut out).unwrap();
+                out
+            };
+            let all = run(0, 230);
+            for (from, to) in [(0, 1), (100, 101), (64, 96), (57, 230)] {
+                assert_eq!(run(from, to), all[from * 14..to * 14], "{from} {to}");
+            }
+        }
     }
 
     #[test]
@@ -185,8 +223,13 @@ mod tests {
             window: None,
         };
         let (k, mut out) = ([0.0; 4], [0.0; 12]);
-        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &mut out).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &mut out[..8]).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &mut out[..7]).is_err());
+        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &Exec::default(), &mut out).is_err());
+        assert!(
+            attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &Exec::default(), &mut out[..8])
+                .is_err()
+        );
+        assert!(
+            attention(&[0.0; 8], flat(&k, &k, &s), &s, &Exec::default(), &mut out[..7]).is_err()
+        );
     }
 }

@@ -28,6 +28,7 @@ mod exec;
 mod linear;
 mod linear_backward;
 mod norm;
+mod product;
 mod panel;
 pub mod rope;
 pub mod routing;
@@ -36,8 +37,10 @@ mod rows;
 mod scratch;
 mod simd;
 mod tasks;
+mod transpose;
 mod vector;
 mod view;
+mod widen;
 
 pub use activation::Activation;
 pub use attention::{AttentionSpec, KeyValues, attention};
