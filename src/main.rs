@@ -17,9 +17,6 @@ use moe_merge_kernels::Isa;
 
 use crate::args::Cli;
 
-/// Stack of a thread, in bytes: that of a main thread.
-const STACK: usize = 8 << 20;
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     exit::on_interrupt();
@@ -27,12 +24,11 @@ fn main() -> ExitCode {
     if let Err(error) = Isa::from_environment() {
         return render::failure(&error.into());
     }
-    // Work begins inside the pool, so that its threads need not be woken by one that stands outside.
-    let threads = cli.common.threads.map_or(0, usize::from);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
-    // It fails only where a pool exists already, which nothing before this makes.
-    let _ = pool.build_global();
-    rayon::scope(|_| run(&cli))
+    if let Some(threads) = cli.common.threads {
+        // It fails only where a pool exists already, which nothing before this makes.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+    }
+    run(&cli)
 }
 
 fn run(cli: &Cli) -> ExitCode {

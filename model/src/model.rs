@@ -82,6 +82,15 @@ impl Model {
             return Ok(Vec::new());
         }
         cache.check(tokens.len())?;
+        in_pool(|| self.forward_checked(tokens, cache, rows))
+    }
+
+    fn forward_checked(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: LogitRows,
+    ) -> Result<Vec<f32>, ModelError> {
         let start = cache.len() as u32;
         let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
         let mut tables = Tables::new(&positions);
@@ -106,6 +115,16 @@ impl Model {
     ///
     /// The caller has checked that the tokens have room.
     pub(crate) fn forward_lanes(
+        &self,
+        tokens: &[u32],
+        lens: &[usize],
+        caches: &mut [&mut [LayerCache]],
+        rows: &[u32],
+    ) -> Result<Vec<f32>, ModelError> {
+        in_pool(|| self.lanes_checked(tokens, lens, caches, rows))
+    }
+
+    fn lanes_checked(
         &self,
         tokens: &[u32],
         lens: &[usize],
@@ -163,6 +182,12 @@ impl Model {
         self.spec.finish_logits(&mut logits);
         Ok(logits)
     }
+}
+
+/// Does `work` on a thread of the pool: one that stands outside would put itself to sleep and wake two others whenever work is
+/// shared.
+fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 
 /// Rotary tables of one pass, one for each set of frequencies.
