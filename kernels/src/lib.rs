@@ -16,6 +16,8 @@
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
 pub mod activation;
+#[cfg(test)]
+mod allocations;
 pub mod attention;
 mod attention_backward;
 pub mod cast;
@@ -28,8 +30,8 @@ mod exec;
 mod linear;
 mod linear_backward;
 mod norm;
-mod product;
 mod panel;
+mod product;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
@@ -43,7 +45,7 @@ mod view;
 mod widen;
 
 pub use activation::Activation;
-pub use attention::{AttentionSpec, KeyValues, attention};
+pub use attention::{AttentionSpec, KeyValues, attention, attention_lanes};
 pub use attention_backward::{AttentionGradients, attention_backward};
 pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};

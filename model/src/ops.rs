@@ -107,8 +107,8 @@ impl CustomOp1 for FrozenLinear {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
-        kernels::linear_backward(&to_vec(grad)?, self.view()?, &mut dx, dense::Into::Overwrite)
-            .map_err(refused)?;
+        let (dy, into) = (to_vec(grad)?, dense::Into::Overwrite);
+        kernels::linear_backward(&dy, self.view()?, &self.exec, &mut dx, into).map_err(refused)?;
         Ok(Some(tensor_like(dx, x)?))
     }
 }
@@ -351,7 +351,7 @@ impl CustomOp3 for SelfAttention {
         let tokens = q_layout.shape().dims2()?.0;
         let (q_width, out_width) = (s.heads * s.qk_dim, s.heads * s.v_dim);
         let (k_width, v_width) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
-        let mut out = vec![0.0; tokens * out_width];
+        let (mut out, exec) = (vec![0.0; tokens * out_width], Exec::default());
         for rows in self.sequences.iter() {
             let part = |width: usize| rows.start * width..rows.end * width;
             let kv = KeyValues {
@@ -361,7 +361,7 @@ impl CustomOp3 for SelfAttention {
                 key_strides: (k_width, s.qk_dim),
                 value_strides: (v_width, s.v_dim),
             };
-            kernels::attention(&q[part(q_width)], kv, s, &mut out[part(out_width)])
+            kernels::attention(&q[part(q_width)], kv, s, &exec, &mut out[part(out_width)])
                 .map_err(refused)?;
         }
         Ok((CpuStorage::F32(out), (tokens, out_width).into()))
@@ -372,15 +372,15 @@ impl CustomOp3 for SelfAttention {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _: &Tensor,
+        out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let s = &self.spec;
-        let tensors = [q, k, v, grad];
+        let (s, exec) = (&self.spec, Exec::default());
+        let out_width = s.heads * s.v_dim;
         let widths =
-            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, s.heads * s.v_dim];
+            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, out_width, out_width];
         let mut all = Vec::new();
-        for tensor in tensors {
+        for tensor in [q, k, v, out, grad] {
             all.push(to_vec(tensor)?);
         }
         let parts: Vec<kernels::AttentionGradients> = self
@@ -388,7 +388,7 @@ impl CustomOp3 for SelfAttention {
             .par_iter()
             .map(|rows| {
                 let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
-                kernels::attention_backward(part(0), part(1), part(2), part(3), s)
+                kernels::attention_backward([part(0), part(1), part(2)], part(3), part(4), s, &exec)
             })
             .collect::<std::result::Result<_, _>>()
             .map_err(refused)?;
@@ -422,7 +422,7 @@ impl CustomOp1 for CachedAttention<'_> {
         let tokens = layout.shape().dims2()?.0;
         let width = self.spec.heads * self.spec.v_dim;
         let mut out = vec![0.0; tokens * width];
-        kernels::attention(q, self.kv, &self.spec, &mut out).map_err(refused)?;
+        kernels::attention(q, self.kv, &self.spec, &Exec::default(), &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }

@@ -80,7 +80,8 @@ impl Head<'_> {
             };
             nats.extend(found);
             if let Some(d) = &mut d_states {
-                linear_backward(&logits, self.weight, &mut d[wide], dense::Into::Overwrite)?;
+                let exec = Exec::default();
+                linear_backward(&logits, self.weight, &exec, &mut d[wide], dense::Into::Overwrite)?;
             }
         }
         let gradient = match d_states {
