@@ -1,7 +1,8 @@
 //! Causal attention with grouped key-value heads.
 
 mod decode;
-mod prefill;
+pub(crate) mod panel;
+pub(crate) mod prefill;
 
 use crate::error::KernelError;
 use crate::exec::Exec;
@@ -57,6 +58,7 @@ pub fn attention(
     q: &[f32],
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
+    exec: &Exec,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let AttentionSpec { heads, qk_dim, .. } = *spec;
@@ -66,9 +68,9 @@ pub fn attention(
         return Ok(());
     }
     if tokens <= FEW {
-        decode::decode(q, &[kv], tokens, spec, out, Exec::default().isa);
+        decode::decode(q, &[kv], tokens, spec, out, exec.isa);
     } else {
-        prefill::prefill(q, kv, spec, tokens, out);
+        prefill::prefill(q, kv, spec, tokens, exec, out);
     }
     Ok(())
 }
@@ -84,11 +86,12 @@ pub fn attention_lanes(
     q: &[f32],
     sequences: &[KeyValues<'_>],
     spec: &AttentionSpec,
+    exec: &Exec,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     check(q, sequences, 1, spec, out)?;
     if !sequences.is_empty() {
-        decode::decode(q, sequences, 1, spec, out, Exec::default().isa);
+        decode::decode(q, sequences, 1, spec, out, exec.isa);
     }
     Ok(())
 }
@@ -130,6 +133,7 @@ fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Isa;
 
     pub(super) fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
@@ -184,8 +188,13 @@ mod tests {
 
     #[test]
     fn equals_the_formula() {
-        for (tokens, keys) in [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131)] {
-            for (window, softcap) in [(None, None), (Some(1), None), (Some(8), Some(5.0))] {
+        let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
+        let sizes = [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131), (33, 230)];
+        for (isa, (tokens, keys)) in isas.flat_map(|isa| sizes.map(|sizes| (isa, sizes))) {
+            let exec = Exec::on(isa).unwrap();
+            for (window, softcap) in
+                [(None, None), (Some(1), None), (Some(8), Some(5.0)), (Some(100), None)]
+            {
                 let s = AttentionSpec {
                     heads: 4,
                     kv_heads: 2,
@@ -198,9 +207,9 @@ mod tests {
                 let (q, k, v) =
                     (numbers(tokens * 24, 1), numbers(keys * 12, 2), numbers(keys * 10, 3));
                 let mut out = vec![f32::NAN; tokens * 20];
-                attention(&q, flat(&k, &v, &s), &s, &mut out).unwrap();
+                attention(&q, flat(&k, &v, &s), &s, &exec, &mut out).unwrap();
                 for (o, e) in out.iter().zip(plain(&q, &k, &v, tokens, &s)) {
-                    assert!((*o as f64 - e).abs() < 1e-5, "{tokens} {keys} {window:?}");
+                    assert!((*o as f64 - e).abs() < 1e-5, "{isa:?} {tokens} {keys} {window:?}");
                 }
             }
         }
@@ -221,10 +230,39 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; 150 * 96];
-            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &mut out)).unwrap();
+            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &Exec::default(), &mut out))
+                .unwrap();
             out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(2));
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn a_query_does_not_depend_on_its_neighbours() {
+        for window in [None, Some(50)] {
+            let s = AttentionSpec {
+                heads: 2,
+                kv_heads: 1,
+                qk_dim: 5,
+                v_dim: 7,
+                scale: 0.4,
+                softcap: Some(3.0),
+                window,
+            };
+            let (q, k, v) = (numbers(230 * 10, 1), numbers(230 * 5, 2), numbers(230 * 7, 3));
+            let exec = Exec { batch_invariant: true, ..Exec::default() };
+            let run = |from: usize, to: usize| {
+                let kv = flat(&k[..to * 5], &v[..to * 7], &s);
+                let mut out = vec![0.0; (to - from) * 14];
+                attention(&q[from * 10..to * 10], kv, &s, &exec, &mut out).unwrap();
+                out
+            };
+            let all = run(0, 230);
+            for (from, to) in [(0, 1), (100, 101), (64, 96), (57, 230)] {
+                assert_eq!(run(from, to), all[from * 14..to * 14], "{from} {to}");
+            }
+        }
     }
 
     #[test]
@@ -239,17 +277,21 @@ mod tests {
             window: None,
         };
         let (k, mut out) = ([0.0; 4], [0.0; 12]);
-        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &mut out).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &mut out[..8]).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &mut out[..7]).is_err());
+        let exec = Exec::default();
+        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &exec, &mut out).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &exec, &mut out[..8]).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &exec, &mut out[..7]).is_err());
         let kv = flat(&k, &k, &s);
-        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &mut out[..8]).is_ok());
-        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &mut out[..8]).is_err());
+        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &exec, &mut out[..8]).is_ok());
+        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &exec, &mut out[..8]).is_err());
         let none = KeyValues { count: 0, ..kv };
-        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &mut out[..8]).is_err());
+        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &exec, &mut out[..8]).is_err());
         for kv_heads in [0, 3] {
             let s = AttentionSpec { kv_heads, ..s };
-            assert!(attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &mut out[..4]).is_err());
+            assert!(
+                attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &exec, &mut out[..4])
+                    .is_err()
+            );
         }
     }
 }

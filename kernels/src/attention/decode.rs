@@ -387,6 +387,7 @@ mod tests {
     use super::super::attention_lanes;
     use super::super::tests::{flat, numbers, plain};
     use super::*;
+    use crate::Exec;
 
     fn spec(heads: usize, kv_heads: usize, qk_dim: usize, v_dim: usize) -> AttentionSpec {
         let scale = 1.0 / (qk_dim as f32).sqrt();
@@ -450,7 +451,7 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; q.len()];
-            pool.install(|| attention_lanes(&q, &views, &s, &mut out)).unwrap();
+            pool.install(|| attention_lanes(&q, &views, &s, &Exec::default(), &mut out)).unwrap();
             out
         };
         let together = run(1);
@@ -458,7 +459,7 @@ mod tests {
         assert_eq!(together, run(3));
         for (i, kv) in views.iter().enumerate() {
             let mut alone = vec![0.0; 384];
-            crate::attention(&q[i * 384..][..384], *kv, &s, &mut alone).unwrap();
+            crate::attention(&q[i * 384..][..384], *kv, &s, &Exec::default(), &mut alone).unwrap();
             assert_eq!(together[i * 384..][..384], alone);
         }
     }

@@ -1,17 +1,20 @@
-//! Attention of many queries: blocks of them at a time.
+//! Attention of many queries: panels of them, over blocks of keys with a softmax that goes along.
+//!
+//! Queries stand in lanes: keys and values are read where they are, maxima and sums need no sum across lanes, and no
+//! matrix of all scores exists.
 
-use rayon::prelude::*;
-
+use super::panel::{LOWEST, Panel, QUERIES, soften};
 use super::{AttentionSpec, KeyValues};
-use crate::Dtype;
-use crate::dot::dot_for;
-use crate::norm::softmax;
+use crate::dense::Into;
+use crate::exec::{Exec, Isa};
+use crate::product::{Left, product};
+use crate::scratch::Scratch;
+use crate::tasks::{Parts, for_each};
+use crate::transpose::transpose;
+use crate::vector::{Job, Vector, run};
 
-/// Queries of one task: bounds the scratch to `QUERIES * keys` scores per thread.
-const QUERIES: usize = 64;
-
-/// From this many queries on, scores are matrix products.
-const GEMM_FROM: usize = 4;
+/// Multiply-adds below which handing work to other threads costs more than it gains.
+const ALONE_BELOW: usize = 1 << 20;
 
 /// [`super::attention`] with all sizes checked.
 ///
@@ -21,131 +24,112 @@ pub(super) fn prefill(
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
     tokens: usize,
+    exec: &Exec,
     out: &mut [f32],
 ) {
-    let AttentionSpec { heads, qk_dim, v_dim, .. } = *spec;
-    let blocks = tokens.div_ceil(QUERIES);
-    let start = kv.count - tokens;
-    let task = |index: usize| {
-        let (head, block) = (index / blocks, index % blocks);
-        let queries = block * QUERIES..tokens.min((block + 1) * QUERIES);
-        let rows = queries.len();
-        let mut result = vec![0.0; rows * v_dim];
-        head_block(q, kv, spec, head, queries, start, &mut result);
-        (head, block * QUERIES, result)
-    };
-    let place = |out: &mut [f32], (head, first, result): (usize, usize, Vec<f32>)| {
-        for (i, row) in result.chunks_exact(v_dim.max(1)).enumerate() {
-            let at = ((first + i) * heads + head) * v_dim;
-            out[at..at + v_dim].copy_from_slice(row);
+    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
+    let panels = tokens.div_ceil(QUERIES);
+    let shared = tokens * kv.count * heads * (qk_dim + v_dim) >= ALONE_BELOW;
+    let out = Parts::new(out);
+    for_each(heads * panels, shared, |index| {
+        // Late queries see more keys: they come first.
+        let (first, head) = ((panels - 1 - index / heads) * QUERIES, index % heads);
+        let count = QUERIES.min(tokens - first);
+        let panel = Panel::new(kv.count - tokens + first, count, spec);
+        let q =
+            panel.turned(exec.isa, (q, heads * qk_dim), (first, head * qk_dim), qk_dim, spec.scale);
+        let sums = attend(exec.isa, panel, &q, &kv, spec, head * kv_heads / heads);
+        for (i, row) in sums.chunks_exact(v_dim.max(1)).enumerate() {
+            // SAFETY: no other task has these queries of this head.
+            let out = unsafe { out.range(((first + i) * heads + head) * v_dim, v_dim) };
+            out.copy_from_slice(row);
         }
-    };
-    if tokens * kv.count * heads * (qk_dim + v_dim) < 1 << 18 {
-        (0..heads * blocks).for_each(|i| place(out, task(i)));
-    } else {
-        let results: Vec<_> = (0..heads * blocks).into_par_iter().map(task).collect();
-        results.into_iter().for_each(|r| place(out, r));
-    }
+    });
 }
 
-/// One head, some queries: scores, mask, softmax, weighted values.
-fn head_block(
+/// What the queries `q [qk_dim, lanes]` (scaled) of one panel get from head `group`: `[count, v_dim]`.
+fn attend(
+    isa: Isa,
+    panel: Panel,
     q: &[f32],
-    kv: KeyValues<'_>,
+    kv: &KeyValues<'_>,
     spec: &AttentionSpec,
-    head: usize,
-    queries: std::ops::Range<usize>,
-    start: usize,
-    out: &mut [f32],
-) {
-    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, scale, softcap, window } = *spec;
-    let group = head * kv_heads / heads;
-    let window = window.unwrap_or(usize::MAX);
-    let first_key = (start + queries.start + 1).saturating_sub(window);
-    let end_key = start + queries.end;
-    let (rows, keys) = (queries.len(), end_key - first_key);
-    let q = &q[(queries.start * heads + head) * qk_dim..];
-    let k = &kv.keys[group * kv.key_strides.1 + first_key * kv.key_strides.0..];
-    let v = &kv.values[group * kv.value_strides.1 + first_key * kv.value_strides.0..];
-    let mut scores = vec![0.0; rows * keys]; // [rows, keys]
-    if rows >= GEMM_FROM {
-        // SAFETY: `attention` checked that `rows` queries at stride `heads * qk_dim` and `keys` keys at their stride
-        // lie in the slices; `scores` is `[rows, keys]`.
-        unsafe {
-            gemm::gemm(
-                rows,
-                keys,
-                qk_dim,
-                scores.as_mut_ptr(),
-                1,
-                keys as isize,
-                false,
-                q.as_ptr(),
-                1,
-                (heads * qk_dim) as isize,
-                k.as_ptr(),
-                kv.key_strides.0 as isize,
-                1,
-                0f32,
-                scale,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
+    group: usize,
+) -> Scratch {
+    let (lanes, v_dim) = (panel.lanes, spec.v_dim);
+    let mut scores = Scratch::new(super::panel::KEYS * lanes); // [keys, lanes]
+    let mut sums = Scratch::zeroed(v_dim * lanes); // [v_dim, lanes]
+    let (mut max, mut total) = ([LOWEST; QUERIES], [0.0; QUERIES]);
+    for keys in panel.blocks() {
+        let scores = &mut scores[..keys.len() * lanes];
+        panel.scores(isa, kv, spec, group, keys.clone(), q, scores);
+        if let Some(cap) = spec.softcap {
+            soften(isa, scores, cap);
         }
-    } else {
-        let dot = dot_for(Dtype::F32);
-        for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            let query = &q[row * heads * qk_dim..row * heads * qk_dim + qk_dim];
-            for (j, score) in scores.iter_mut().enumerate() {
-                let key = &k[j * kv.key_strides.0..j * kv.key_strides.0 + qk_dim];
-                *score = dot(bytemuck::cast_slice(key), query) * scale;
-            }
-        }
+        panel.mask(keys.clone(), scores, f32::NEG_INFINITY);
+        let (max, total) = (&mut max[..lanes], &mut total[..lanes]);
+        run(isa, Step { scores, max, total, sums: &mut sums });
+        panel.mask(keys.clone(), scores, 0.0);
+        let (row, head) = kv.value_strides;
+        let values = &kv.values[group * head + keys.start * row..];
+        let left = Left { data: values, row: 1, col: row };
+        let sizes = (v_dim, keys.len(), lanes);
+        product(isa, sizes, left, (scores, lanes), (&mut sums, lanes), Into::Add);
     }
-    for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-        let position = start + queries.start + row;
-        let from = (position + 1).saturating_sub(window) - first_key;
-        let seen = from..position + 1 - first_key;
-        if let Some(cap) = softcap {
-            scores[seen.clone()].iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
-        }
-        scores[..seen.start].fill(0.0);
-        scores[seen.end..].fill(0.0);
-        softmax(&mut scores[seen]);
+    let inverse = total.map(|total| 1.0 / total);
+    let mut rows = Scratch::new(panel.count * v_dim);
+    for sums in sums.chunks_exact_mut(lanes) {
+        sums.iter_mut().zip(&inverse).for_each(|(v, by)| *v *= by);
     }
-    if rows >= GEMM_FROM {
-        // SAFETY: `scores` is `[rows, keys]`, `keys` values at their stride lie in `v` (checked by `attention`), and
-        // `out` is `[rows, v_dim]`.
-        unsafe {
-            gemm::gemm(
-                rows,
-                v_dim,
-                keys,
-                out.as_mut_ptr(),
-                1,
-                v_dim as isize,
-                false,
-                scores.as_ptr(),
-                1,
-                keys as isize,
-                v.as_ptr(),
-                1,
-                kv.value_strides.0 as isize,
-                0f32,
-                1f32,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
-    } else {
-        for (out, scores) in out.chunks_exact_mut(v_dim.max(1)).zip(scores.chunks_exact(keys)) {
-            for (j, weight) in scores.iter().enumerate() {
-                let value = &v[j * kv.value_strides.0..j * kv.value_strides.0 + v_dim];
-                out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
+    transpose(isa, (v_dim, panel.count), (&sums, lanes), (&mut rows, v_dim));
+    rows
+}
+
+/// Another block of scores: they become `exp(score - max)` with the new maximum, and what was summed up so far changes over
+/// to that.
+pub(crate) struct Step<'a> {
+    /// `[keys, lanes]`.
+    pub scores: &'a mut [f32],
+    /// `[lanes]`.
+    pub max: &'a mut [f32],
+    /// `[lanes]`.
+    pub total: &'a mut [f32],
+    /// `[v_dim, lanes]`.
+    pub sums: &'a mut [f32],
+}
+
+impl Job for Step<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Vector>(self) {
+        let Step { scores, max, total, sums } = self;
+        let lanes = max.len();
+        for at in (0..lanes).step_by(S::N) {
+            // SAFETY: `lanes` is a multiple of `N`, every row has so many numbers, and the processor has the set.
+            unsafe {
+                let before = S::load(max[at..].as_ptr());
+                let (mut even, mut odd) = (before, before);
+                for pair in scores.chunks(2 * lanes) {
+                    even = S::max(S::load(pair.as_ptr().add(at)), even);
+                    if pair.len() > lanes {
+                        odd = S::max(S::load(pair.as_ptr().add(lanes + at)), odd);
+                    }
+                }
+                let now = S::max(even, odd);
+                let by = S::exp(S::sub(before, now));
+                let mut sum = S::mul(S::load(total[at..].as_ptr()), by);
+                for row in scores.chunks_exact_mut(lanes) {
+                    let p = S::exp(S::sub(S::load(row.as_ptr().add(at)), now));
+                    S::store(row.as_mut_ptr().add(at), p);
+                    sum = S::add(sum, p);
+                }
+                S::store(max[at..].as_mut_ptr(), now);
+                S::store(total[at..].as_mut_ptr(), sum);
+                for row in sums.chunks_exact_mut(lanes) {
+                    let scaled = S::mul(S::load(row.as_ptr().add(at)), by);
+                    S::store(row.as_mut_ptr().add(at), scaled);
+                }
             }
         }
     }
