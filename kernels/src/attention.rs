@@ -67,7 +67,7 @@ pub fn attention(
     if tokens == 0 {
         return Ok(());
     }
-    if tokens <= FEW {
+    if tokens <= FEW && !exec.batch_invariant {
         decode::decode(q, &[kv], tokens, spec, out, exec.isa);
     } else {
         prefill::prefill(q, kv, spec, tokens, exec, out);
