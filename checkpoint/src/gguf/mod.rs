@@ -3,12 +3,17 @@
 mod config;
 mod dequant;
 mod header;
+pub mod key;
 mod kinds;
 mod names;
 mod pre;
+mod quantise;
 mod rope;
+mod table;
+mod target;
 mod tokenizer;
 mod value;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +24,9 @@ use moe_merge_kernels::Dtype;
 pub use dequant::{BlockWeight, Shifted};
 pub use header::{Header, TensorInfo, parse};
 pub use kinds::TensorKind;
+pub use table::Architecture;
 pub use value::{List, Value};
+pub use write::{GgufPlan, GgufTensor, MetaValue, Metadata, Storage};
 
 use crate::error::CheckpointError;
 use crate::map::MappedFile;

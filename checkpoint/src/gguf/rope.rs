@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 
 use crate::error::CheckpointError;
 use crate::gguf::config::Meta;
+use crate::gguf::key;
 
 /// `rope_scaling` of `config.json`; `None` if positions are not scaled.
 ///
@@ -24,8 +25,8 @@ pub(super) fn scaling(
         notes.push("`rope_factors_long` and `rope_factors_short` became `rope_scaling`".into());
         return Ok(Some(json!({ "type": "longrope", "long_factor": long, "short_factor": short })));
     }
-    let factor = meta.number("rope.scaling.factor").or_else(|| meta.number("rope.scale_linear"));
-    let kind = meta.text("rope.scaling.type").unwrap_or(match factor {
+    let factor = meta.number(key::ROPE_SCALING_FACTOR).or_else(|| meta.number("rope.scale_linear"));
+    let kind = meta.text(key::ROPE_SCALING_TYPE).unwrap_or(match factor {
         Some(factor) if factor != 1.0 => "linear",
         _ => "none",
     });
@@ -50,13 +51,17 @@ fn yarn(meta: &Meta, factor: f64) -> Json {
             scaling[key] = json!(value);
         }
     };
-    set("beta_fast", meta.number("rope.scaling.yarn_beta_fast"));
-    set("beta_slow", meta.number("rope.scaling.yarn_beta_slow"));
+    set("beta_fast", meta.number(key::ROPE_YARN_BETA_FAST));
+    set("beta_slow", meta.number(key::ROPE_YARN_BETA_SLOW));
     // The converter stores 0.1 * mscale_all_dim; published DeepSeek models have both scales equal.
-    let scale = meta.number("rope.scaling.yarn_log_multiplier").map(|m| (m * 1e4).round() / 1e3);
+    let scale = meta.number(key::ROPE_YARN_LOG).map(|m| (m * 1e4).round() / 1e3);
     set("mscale", scale);
     set("mscale_all_dim", scale);
-    if let Some(length) = meta.optional("rope.scaling.original_context_length") {
+    if let Some(by) = meta.number(key::ROPE_SCALING_ATTENTION).filter(|by| *by != 1.0) {
+        // On top of what YaRN asks for by itself.
+        scaling["attention_factor"] = json!(by * (0.1 * factor.max(1.0).ln() + 1.0));
+    }
+    if let Some(length) = meta.optional(key::ROPE_SCALING_ORIGINAL) {
         scaling["original_max_position_embeddings"] = json!(length);
     }
     scaling
@@ -124,7 +129,7 @@ fn from_factors(
     if factors.iter().all(|f| *f == 1.0) {
         return Ok(None);
     }
-    let base = meta.number("rope.freq_base").unwrap_or(10000.0);
+    let base = meta.number(key::ROPE_BASE).unwrap_or(10000.0);
     let Some(found) = llama3_parameters(factors, base) else {
         return Err(CheckpointError::Malformed {
             what: "rope factors are not those of Llama 3".into(),
