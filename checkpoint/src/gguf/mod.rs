@@ -11,8 +11,10 @@ mod quantise;
 mod rope;
 mod table;
 mod target;
+mod tensors;
 mod tokenizer;
 mod value;
+mod vocabulary;
 mod write;
 
 use std::collections::BTreeMap;
@@ -24,8 +26,11 @@ use moe_merge_kernels::Dtype;
 pub use dequant::{BlockWeight, Shifted};
 pub use header::{Header, TensorInfo, parse};
 pub use kinds::TensorKind;
-pub use table::Architecture;
+pub use rope::llama3_factors;
+pub use table::{Architecture, ROPE_FREQS};
+pub use tensors::{TensorPlan, extra_vector};
 pub use value::{List, Value};
+pub use vocabulary::{no_vocabulary, vocabulary};
 pub use write::{GgufPlan, GgufTensor, MetaValue, Metadata, Storage};
 
 use crate::error::CheckpointError;

@@ -192,8 +192,8 @@ pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The head in the file.
 pub(super) const OUTPUT: &str = "output.weight";
 
-/// Tables of rotary factors, which the configuration has on the Hub.
-pub(super) const ROPE_FREQS: &str = "rope_freqs.weight";
+/// Table of rotary factors, which the configuration has on the Hub.
+pub const ROPE_FREQS: &str = "rope_freqs.weight";
 pub(super) const ROPE_LONG: &str = "rope_factors_long.weight";
 pub(super) const ROPE_SHORT: &str = "rope_factors_short.weight";
 

@@ -26,7 +26,7 @@ use crate::source::{SideContent, SideFile};
 pub(super) const SPACE: &str = "\u{2581}";
 
 /// Longest token that is cut in two at each place in search of merges; real ones are far shorter.
-const LONGEST_TOKEN: usize = 1024;
+pub(super) const LONGEST_TOKEN: usize = 1024;
 
 /// `tokenizer.ggml.token_type`.
 pub(super) const NORMAL: i64 = 1;
