@@ -246,7 +246,7 @@ impl Explain for CheckpointError {
                     "your user may not do that there; change the permissions or choose another place".into(),
                 ),
                 std::io::ErrorKind::ReadOnlyFilesystem => {
-                    Some("choose a place on another file system, for the output with `--out`".into())
+                    Some("choose a place on another file system for the output (`--out`, `--gguf`)".into())
                 }
                 _ => None,
             },

@@ -56,3 +56,24 @@ pub fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let mut cache = Cache::new(model, tokens.len());
     model.forward(tokens, &mut cache, LogitRows::All).unwrap()
 }
+
+/// A copy of the quickstart's base below `temp`, whose files can be changed.
+pub fn copy_of_base(temp: &Path) -> PathBuf {
+    let (from, to) = (moe_merge_testkit::repository("recipes/quickstart/base"), temp.join("base"));
+    std::fs::create_dir(&to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+    to
+}
+
+/// The same with a SentencePiece tokenizer instead of its own.
+pub fn with_sentence_piece(temp: &Path) -> PathBuf {
+    let folder = copy_of_base(temp);
+    let spm = moe_merge_testkit::repository("checkpoint/tests/data/spm.gguf");
+    for side in open(&spm).side {
+        std::fs::write(folder.join(&side.name), side.read().unwrap()).unwrap();
+    }
+    folder
+}

@@ -14,8 +14,8 @@ use crate::error::CheckpointError;
 use crate::gguf::header::Header;
 use crate::gguf::key;
 use crate::gguf::kinds::TensorKind;
-use crate::gguf::table::Architecture;
 use crate::gguf::rope;
+use crate::gguf::table::Architecture;
 use crate::gguf::value::Value;
 use crate::map::MappedFile;
 use crate::weight::WeightRef;
@@ -35,8 +35,7 @@ impl<'h> Meta<'h> {
         file: &'h MappedFile,
     ) -> Result<Self, CheckpointError> {
         let Some(Value::Text(prefix)) = header.get(key::ARCHITECTURE) else {
-            let found =
-                header.get(key::ARCHITECTURE).map_or("nothing".into(), Value::describe);
+            let found = header.get(key::ARCHITECTURE).map_or("nothing".into(), Value::describe);
             return Err(malformed(file, "general.architecture", "a text", found));
         };
         match Architecture::from_name(prefix) {
@@ -270,9 +269,7 @@ fn vocab_size(
 fn intermediate_size(meta: &Meta) -> Result<usize, CheckpointError> {
     match meta.optional(key::FEED_FORWARD_LENGTH) {
         Some(size) if size > 0 => Ok(size),
-        _ if meta.optional(key::EXPERT_LENGTH).is_some() => {
-            meta.required(key::EXPERT_LENGTH)
-        }
+        _ if meta.optional(key::EXPERT_LENGTH).is_some() => meta.required(key::EXPERT_LENGTH),
         _ => meta.required(key::FEED_FORWARD_LENGTH),
     }
 }

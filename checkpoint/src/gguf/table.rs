@@ -111,8 +111,19 @@ pub(super) struct Row {
 
 /// All of them.
 const ALL: &[Architecture] = &[
-    Llama, Qwen2, Qwen2Moe, Qwen3, Qwen3Moe, Phi3, Gemma2, Gemma3, Olmoe, Deepseek, Deepseek2,
-    Ernie4_5Moe, GraniteMoe,
+    Llama,
+    Qwen2,
+    Qwen2Moe,
+    Qwen3,
+    Qwen3Moe,
+    Phi3,
+    Gemma2,
+    Gemma3,
+    Olmoe,
+    Deepseek,
+    Deepseek2,
+    Ernie4_5Moe,
+    GraniteMoe,
 ];
 const GEMMA: &[Architecture] = &[Gemma2, Gemma3];
 const SHARED: &[Architecture] = &[Deepseek, Deepseek2, Ernie4_5Moe, GraniteMoe];

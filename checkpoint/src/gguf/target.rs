@@ -88,9 +88,7 @@ impl Target {
     /// is gone in either case.
     pub(super) fn publish(self) -> Result<PathBuf, CheckpointError> {
         let Self { path, replace, file } = self;
-        file.as_file()
-            .sync_all()
-            .map_err(|e| CheckpointError::io("writing to disk", &path, e))?;
+        file.as_file().sync_all().map_err(|e| CheckpointError::io("writing to disk", &path, e))?;
         check(&path, replace)?;
         let moved = match replace {
             Replace::Never => file.persist_noclobber(&path),

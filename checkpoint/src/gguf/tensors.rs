@@ -60,7 +60,8 @@ impl TensorPlan {
                 list.put(weight, place)?;
             }
             if name == table::EMBEDDING && self.copy_head {
-                let place = Written { name: table::OUTPUT.into(), change: Change::As, expert: None };
+                let place =
+                    Written { name: table::OUTPUT.into(), change: Change::As, expert: None };
                 list.put(weight, place)?;
             }
         }
@@ -197,5 +198,10 @@ fn half(weight: &WeightRef, which: usize) -> Result<(Vec<usize>, Vec<WeightRef>)
 pub fn extra_vector(name: &str, values: &[f32]) -> GgufTensor {
     let shape = vec![values.len()];
     let weight = OwnedWeight::from_f32(name, values, &shape, Dtype::F32);
-    GgufTensor { name: name.to_owned(), shape, storage: Storage::F32, parts: vec![Arc::new(weight)] }
+    GgufTensor {
+        name: name.to_owned(),
+        shape,
+        storage: Storage::F32,
+        parts: vec![Arc::new(weight)],
+    }
 }

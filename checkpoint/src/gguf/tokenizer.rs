@@ -380,8 +380,7 @@ impl<'h> Reader<'h, '_> {
             json!({ "type": "ByteFallback" }),
             json!({ "type": "Fuse" }),
         ];
-        let prefix =
-            !self.is_gemma() && self.flag(key::ADD_SPACE_PREFIX).unwrap_or(true);
+        let prefix = !self.is_gemma() && self.flag(key::ADD_SPACE_PREFIX).unwrap_or(true);
         let normalizer = if prefix {
             decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
             let prepend = json!({ "type": "Prepend", "prepend": SPACE });

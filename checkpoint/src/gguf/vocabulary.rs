@@ -51,8 +51,9 @@ pub fn vocabulary(
         });
     };
     let mut writer = Writer { source, file, tokenizer: Json::Object(tokenizer), notes };
+    let kind = writer.kind()?;
     let table = writer.tokens(rows)?;
-    let mut out = match writer.kind()? {
+    let mut out = match kind {
         Kind::ByteLevel => writer.byte_level(&table, pre)?,
         Kind::SentencePiece => writer.sentence_piece(&table)?,
     };
@@ -126,7 +127,8 @@ impl Writer<'_> {
     fn kind(&self) -> Result<Kind, CheckpointError> {
         let model = &self.tokenizer["model"];
         // Files from before the key `type` are told by their merges.
-        let is_bpe = model["type"] == "BPE" || (model["type"].is_null() && model["merges"].is_array());
+        let is_bpe =
+            model["type"] == "BPE" || (model["type"].is_null() && model["merges"].is_array());
         if !is_bpe {
             let kind = model["type"].as_str().unwrap_or("unknown");
             return Err(self.unsupported(
@@ -153,11 +155,18 @@ impl Writer<'_> {
     /// All tokens, filled up or cut to `rows`.
     fn tokens(&mut self, rows: usize) -> Result<Tokens, CheckpointError> {
         let id_of = |value: &Json| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let mut table =
-            Tokens { texts: vec![String::new(); rows], kinds: vec![UNUSED as i32; rows], ids: HashMap::new() };
+        let mut table = Tokens {
+            texts: vec![String::new(); rows],
+            kinds: vec![UNUSED as i32; rows],
+            ids: HashMap::new(),
+        };
         let mut beyond = Vec::new();
         let Some(vocab) = self.tokenizer["model"]["vocab"].as_object() else {
-            return Err(self.malformed("tokenizer has no vocabulary", "`model.vocab`", "none".into()));
+            return Err(self.malformed(
+                "tokenizer has no vocabulary",
+                "`model.vocab`",
+                "none".into(),
+            ));
         };
         let fallback = self.tokenizer["model"]["byte_fallback"] == true;
         let unknown = self.tokenizer["model"]["unk_token"].as_str();
@@ -173,7 +182,11 @@ impl Writer<'_> {
         };
         for (text, id) in vocab {
             let Some(id) = id_of(id) else {
-                return Err(self.malformed("token has no id", "a number", format!("`{text}`: {id}")));
+                return Err(self.malformed(
+                    "token has no id",
+                    "a number",
+                    format!("`{text}`: {id}"),
+                ));
             };
             let kind = match () {
                 () if fallback && is_byte(text) => BYTE,
@@ -197,13 +210,20 @@ impl Writer<'_> {
         }
         if let Some((id, text)) = beyond.iter().find(|(id, _)| !added_ids.contains(id)) {
             let expected = format!("token ids below the {rows} rows of the embedding");
-            return Err(self.malformed("tokenizer is larger than the model", &expected, format!("`{text}`: {id}")));
+            return Err(self.malformed(
+                "tokenizer is larger than the model",
+                &expected,
+                format!("`{text}`: {id}"),
+            ));
         }
         beyond.sort();
         beyond.dedup();
         if !beyond.is_empty() {
             let names: Vec<String> = beyond.iter().map(|(id, t)| format!("{id} `{t}`")).collect();
-            self.notes.push(format!("tokens that the embedding has no rows for are left out: {}", names.join(", ")));
+            self.notes.push(format!(
+                "tokens that the embedding has no rows for are left out: {}",
+                names.join(", ")
+            ));
         }
         for (id, text) in table.texts.iter_mut().enumerate() {
             if table.kinds[id] == UNUSED as i32 {
@@ -213,11 +233,17 @@ impl Writer<'_> {
         Ok(table)
     }
 
-    fn byte_level(&mut self, table: &Tokens, pre: Option<&str>) -> Result<Metadata, CheckpointError> {
+    fn byte_level(
+        &mut self,
+        table: &Tokens,
+        pre: Option<&str>,
+    ) -> Result<Metadata, CheckpointError> {
         let name = match pre {
             Some(name) => {
                 if Pre::from_name(name).is_none() {
-                    self.notes.push(format!("`{name}` is not known to this program; llama.cpp may know it"));
+                    self.notes.push(format!(
+                        "`{name}` is not known to this program; llama.cpp may know it"
+                    ));
                 }
                 name.to_owned()
             }
@@ -240,7 +266,11 @@ impl Writer<'_> {
         let mut lines = Vec::new();
         for (left, right) in merges(&self.tokenizer, &self.file)? {
             if left.contains(' ') || right.contains(' ') {
-                return Err(self.malformed("merge of the tokenizer", "tokens without spaces", format!("`{left}` `{right}`")));
+                return Err(self.malformed(
+                    "merge of the tokenizer",
+                    "tokens without spaces",
+                    format!("`{left}` `{right}`"),
+                ));
             }
             lines.push(format!("{left} {right}"));
         }
@@ -262,7 +292,11 @@ impl Writer<'_> {
         let mut out_of_order = 0usize;
         for (rank, (left, right)) in merges.iter().enumerate() {
             let Some(&id) = table.ids.get(&format!("{left}{right}")) else {
-                return Err(self.malformed("merge of the tokenizer", "tokens that join to a token", format!("`{left}` `{right}`")));
+                return Err(self.malformed(
+                    "merge of the tokenizer",
+                    "tokens that join to a token",
+                    format!("`{left}` `{right}`"),
+                ));
             };
             listed.insert((*left, *right));
             if scored.insert(id) {
@@ -316,9 +350,8 @@ impl Writer<'_> {
             _ => None,
         };
         prepends
-            || metaspace.is_some_and(|m| {
-                m["prepend_scheme"] != "never" && m["add_prefix_space"] != false
-            })
+            || metaspace
+                .is_some_and(|m| m["prepend_scheme"] != "never" && m["add_prefix_space"] != false)
     }
 
     /// Ids of special tokens, and which of them stand around a text.
@@ -339,16 +372,16 @@ impl Writer<'_> {
                 Some((file, text))
             });
             let id = match named {
-                Some((file, text)) => Some(*table.ids.get(text).ok_or_else(|| {
-                    CheckpointError::Malformed {
+                Some((file, text)) => {
+                    Some(*table.ids.get(text).ok_or_else(|| CheckpointError::Malformed {
                         what: format!("`{name}` is no token"),
                         file: file.clone(),
                         tensor: None,
                         expected: "a token of `tokenizer.json`".into(),
                         found: format!("`{text}`"),
                         hint: None,
-                    }
-                })?),
+                    })?)
+                }
                 None if config.is_none() && map.is_none() || *name == "eos_token" => {
                     of_model(&format!("{name}_id")).first().copied()
                 }
@@ -370,7 +403,10 @@ impl Writer<'_> {
                 .iter()
                 .map(|id| table.texts[*id as usize].as_str())
                 .collect();
-            self.notes.push(format!("GGUF files have no place for more tokens that end a text: `{}`", rest.join("`, `")));
+            self.notes.push(format!(
+                "GGUF files have no place for more tokens that end a text: `{}`",
+                rest.join("`, `")
+            ));
         }
         let around = self.around();
         let is = |id: Option<u32>, texts: &[String]| match texts {
@@ -443,7 +479,10 @@ impl Writer<'_> {
                             }
                             (Some(name), Some(template)) => {
                                 names.push(name.to_owned());
-                                out.push((format!("{}.{name}", key::CHAT_TEMPLATE), text(template)));
+                                out.push((
+                                    format!("{}.{name}", key::CHAT_TEMPLATE),
+                                    text(template),
+                                ));
                             }
                             _ => {}
                         }
@@ -510,9 +549,12 @@ fn is_byte(text: &str) -> bool {
 fn normalizers(normalizer: &Json) -> Vec<&Json> {
     match normalizer["type"].as_str() {
         None => Vec::new(),
-        Some("Sequence") => {
-            normalizer["normalizers"].as_array().into_iter().flatten().flat_map(normalizers).collect()
-        }
+        Some("Sequence") => normalizer["normalizers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .flat_map(normalizers)
+            .collect(),
         Some(_) => vec![normalizer],
     }
 }

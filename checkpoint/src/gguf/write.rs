@@ -389,10 +389,8 @@ mod tests {
 
     fn plan() -> GgufPlan {
         let values: Vec<f32> = (0..64).map(|i| i as f32 / 4.0).collect();
-        let parts = vec![
-            weight(&values, &[2, 32], Dtype::BF16),
-            weight(&values, &[2, 32], Dtype::F32),
-        ];
+        let parts =
+            vec![weight(&values, &[2, 32], Dtype::BF16), weight(&values, &[2, 32], Dtype::F32)];
         let tensor = |name: &str, shape: &[usize], storage, parts: &[WeightRef]| GgufTensor {
             name: name.into(),
             shape: shape.to_vec(),
@@ -440,7 +438,10 @@ mod tests {
             Some(Value::List(list)) => list.numbers().unwrap().collect::<Vec<_>>(),
             other => panic!("{other:?}"),
         };
-        assert_eq!((numbers("d"), numbers("e"), numbers("f")), (vec![1.0, 0.0], vec![1.5], vec![-1.0]));
+        assert_eq!(
+            (numbers("d"), numbers("e"), numbers("f")),
+            (vec![1.0, 0.0], vec![1.5], vec![-1.0])
+        );
         let shapes: Vec<_> = header.tensors.iter().map(|t| (t.name, t.shape.clone())).collect();
         assert_eq!(shapes, [("v", vec![3]), ("m", vec![2, 2, 32]), ("q", vec![2, 2, 32])]);
         let raw = crate::gguf::open_raw(&path).unwrap();

@@ -94,12 +94,9 @@ pub(super) fn ability(architecture: Architecture) -> Ability {
             qk_norm: QkNorm::PerHead,
             ..sparse
         },
-        Olmoe => Ability {
-            renormalises: Some(false),
-            qk_norm: QkNorm::Full,
-            needs_head: true,
-            ..sparse
-        },
+        Olmoe => {
+            Ability { renormalises: Some(false), qk_norm: QkNorm::Full, needs_head: true, ..sparse }
+        }
         Deepseek => Ability {
             layers: Layers::FromOneOn,
             shared: Shared::Always,
@@ -191,8 +188,7 @@ fn fits(spec: &Spec, architecture: Architecture) -> Result<(), GgufError> {
     let lacks = |what: &str, expected: &str, found: String| {
         Err(lacking(spec, architecture, what, expected, &found))
     };
-    let activation =
-        if architecture.is_gemma() { Activation::GeluTanh } else { Activation::Silu };
+    let activation = if architecture.is_gemma() { Activation::GeluTanh } else { Activation::Silu };
     if spec.activation != activation {
         let name = |a: Activation| format!("{a:?}");
         return lacks("its MLPs have another activation", &name(activation), name(spec.activation));
@@ -200,7 +196,11 @@ fn fits(spec: &Spec, architecture: Architecture) -> Result<(), GgufError> {
     let granite = architecture == GraniteMoe;
     let scales = [spec.residual_scale, spec.logits_divisor];
     if !granite && scales != [1.0, 1.0] {
-        return lacks("it does not scale what layers add, or logits", "1 and 1", format!("{scales:?}"));
+        return lacks(
+            "it does not scale what layers add, or logits",
+            "1 and 1",
+            format!("{scales:?}"),
+        );
     }
     if granite && [spec.attention.scale, spec.embedding_scale, scales[0]].contains(&0.0) {
         return lacks("it takes a multiplier of 0 for 1", "other numbers", "0".into());
@@ -221,7 +221,9 @@ fn gemma(spec: &Spec, architecture: Architecture) -> Result<(), GgufError> {
     let caps = (spec.attention.softcap, spec.final_softcap);
     match (architecture, caps) {
         (Gemma2, (Some(_), Some(_))) | (Gemma3, (None, _)) => {}
-        (Gemma2, _) => return lacks("it always caps scores and logits", "two caps", format!("{caps:?}")),
+        (Gemma2, _) => {
+            return lacks("it always caps scores and logits", "two caps", format!("{caps:?}"));
+        }
         _ => return lacks("it does not cap scores", "no cap", format!("{caps:?}")),
     }
     if architecture == Gemma2 && !spec.tied {
@@ -230,7 +232,11 @@ fn gemma(spec: &Spec, architecture: Architecture) -> Result<(), GgufError> {
     let mut windows: Vec<usize> = spec.layers.iter().filter_map(|l| l.window).collect();
     windows.dedup();
     if windows.len() > 1 {
-        return lacks("it has one sliding window", "the same in all layers", format!("{windows:?}"));
+        return lacks(
+            "it has one sliding window",
+            "the same in all layers",
+            format!("{windows:?}"),
+        );
     }
     Ok(())
 }
@@ -272,13 +278,33 @@ fn attention(spec: &Spec, architecture: Architecture, can: Ability) -> Result<()
         AttentionKind::Projected { qk_norm, o_bias, clip, .. } => {
             if qk_norm != can.qk_norm {
                 let name = |norm: QkNorm| format!("{norm:?}");
-                return lacks("its queries and keys have another norm", &name(can.qk_norm), name(qk_norm));
+                return lacks(
+                    "its queries and keys have another norm",
+                    &name(can.qk_norm),
+                    name(qk_norm),
+                );
             }
             if o_bias && !can.output_bias {
-                return lacks("its attention has no bias on the output", "no bias", "a bias".into());
+                return lacks(
+                    "its attention has no bias on the output",
+                    "no bias",
+                    "a bias".into(),
+                );
+            }
+            if architecture == Olmoe && attention.kv_heads != attention.heads {
+                let expected = format!("{} key-value heads", attention.heads);
+                return lacks(
+                    "it has as many key-value heads as heads",
+                    &expected,
+                    attention.kv_heads.to_string(),
+                );
             }
             match clip {
-                Some(clip) => lacks("it does not clamp queries, keys and values", "no `clip_qkv`", clip.to_string()),
+                Some(clip) => lacks(
+                    "it does not clamp queries, keys and values",
+                    "no `clip_qkv`",
+                    clip.to_string(),
+                ),
                 None => Ok(()),
             }
         }
@@ -308,7 +334,11 @@ fn mlps(spec: &Spec, architecture: Architecture, can: Ability) -> Result<(), Ggu
             Layers::Sparse => "experts in all layers",
             Layers::FromOneOn => "experts in all layers from one on",
         };
-        return lacks("it has experts in other layers", expected, format!("experts in layers {sparse:?} of {all}"));
+        return lacks(
+            "it has experts in other layers",
+            expected,
+            format!("experts in layers {sparse:?} of {all}"),
+        );
     }
     for layer in &spec.layers {
         match &layer.mlp {
@@ -335,7 +365,11 @@ fn experts(
         Err(lacking(spec, architecture, what, expected, &found))
     };
     if moe.experts > MOST_EXPERTS {
-        return lacks("it has fewer experts", &format!("at most {MOST_EXPERTS}"), moe.experts.to_string());
+        return lacks(
+            "it has fewer experts",
+            &format!("at most {MOST_EXPERTS}"),
+            moe.experts.to_string(),
+        );
     }
     let router = &moe.router;
     // Where every token visits all experts, their scores sum to one by themselves.
@@ -347,7 +381,11 @@ fn experts(
         return Err(renormalisation(spec, architecture, renormalises));
     }
     if router.score != Score::Softmax || router.groups.is_some() {
-        return lacks("it chooses experts in another way", "softmax over all experts", format!("{router:?}"));
+        return lacks(
+            "it chooses experts in another way",
+            "softmax over all experts",
+            format!("{router:?}"),
+        );
     }
     if router.scale != 1.0 && architecture != Deepseek2 {
         return lacks("it does not scale the weights of experts", "1", router.scale.to_string());

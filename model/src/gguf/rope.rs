@@ -36,7 +36,9 @@ pub(super) fn keys(
     let refuse = |what: &str, expected: &str, found: String| {
         Err(lacking(spec, architecture, what, expected, &found))
     };
-    if local != global && (architecture != Architecture::Gemma3 || local.scaling != RopeScaling::None) {
+    if local != global
+        && (architecture != Architecture::Gemma3 || local.scaling != RopeScaling::None)
+    {
         return refuse(
             "rotary frequencies differ from layer to layer",
             "the same in all layers",
@@ -109,7 +111,9 @@ fn yarn(
                 architecture,
                 "it does YaRN with `mscale` equal to `mscale_all_dim` only",
                 "both the same, and not 0",
-                &format!("a factor of {attention_factor} on the frequencies, {scale} on the scores"),
+                &format!(
+                    "a factor of {attention_factor} on the frequencies, {scale} on the scores"
+                ),
             ));
         }
         keys.number(key::ROPE_YARN_LOG, (0.1 * mscale) as f32);
