@@ -109,6 +109,24 @@ fn every_family_comes_back() {
     }
 }
 
+#[test]
+fn every_feature_comes_back() {
+    let temp = tempfile::tempdir().unwrap();
+    for (name, config, architecture) in common::made_up_cases() {
+        let source = common::made_up(&temp.path().join(name), &config);
+        let file = temp.path().join(format!("{name}.gguf"));
+        let found = export(&source, None, &file).architecture.name();
+        assert_eq!(found, architecture, "{name}");
+        let opened = common::open(&file);
+        let same_family = opened.config.model_type() == source.config.model_type();
+        if same_family {
+            same_tensors(&source, &opened, if name.starts_with("gemma") { 1e-6 } else { 0.0 });
+        }
+        let difference = difference(&logits(&opened), &logits(&source));
+        assert!(difference <= 2e-6, "{name}: {difference}");
+    }
+}
+
 /// A built MoE: its folder, and the file made of it.
 fn built(recipe: &str, temp: &Path) -> Source {
     let path = repository("recipes").join(format!("{recipe}.yaml"));

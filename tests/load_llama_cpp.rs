@@ -180,6 +180,20 @@ fn llama_cpp_runs_every_family() {
 }
 
 #[test]
+fn llama_cpp_runs_every_feature() {
+    let Some(python) = python("MOE_MERGE_LLAMA_CPP") else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let cases: Vec<Value> = common::made_up_cases()
+        .into_iter()
+        .map(|(name, config, _)| {
+            let source = common::made_up(&temp.path().join(name), &config);
+            case(name, &source, Some(Storage::F32), temp.path())
+        })
+        .collect();
+    check(&python, &cases, temp.path());
+}
+
+#[test]
 fn llama_cpp_runs_further_models() {
     let Some(python) = python("MOE_MERGE_LLAMA_CPP") else { return };
     let Some(models) = std::env::var_os("MOE_MERGE_LLAMA_CPP_MODELS") else { return };
