@@ -8,6 +8,10 @@
 
 mod check;
 mod rope;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashSet};
 
 use moe_merge_checkpoint::gguf::{
     self, Architecture, GgufPlan, GgufTensor, MetaValue, Metadata, ROPE_FREQS, Storage, TensorPlan,
@@ -133,12 +137,9 @@ pub fn plan(
         ));
     }
     tensors.extend(extra_tensors(&spec, architecture));
-    let unused: Vec<&str> = source
-        .tensors
-        .keys()
-        .filter(|name| !expected.iter().any(|(e, _)| e == *name))
-        .map(String::as_str)
-        .collect();
+    let used: HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+    let names = source.tensors.keys().map(String::as_str);
+    let unused: Vec<&str> = names.filter(|name| !used.contains(name)).collect();
     if !unused.is_empty() {
         let more = if unused.len() > 3 { ", …" } else { "" };
         let shown = unused[..unused.len().min(3)].join("`, `");
@@ -198,7 +199,7 @@ fn extra_tensors(spec: &Spec, architecture: Architecture) -> Vec<GgufTensor> {
 
 /// How most bytes of matrices are stored.
 fn main_storage(tensors: &[GgufTensor]) -> Storage {
-    let mut bytes = std::collections::BTreeMap::new();
+    let mut bytes = BTreeMap::new();
     for tensor in tensors.iter().filter(|t| t.shape.len() > 1) {
         *bytes.entry(tensor.storage).or_insert(0u64) += tensor.size();
     }

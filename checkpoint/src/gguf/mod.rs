@@ -13,6 +13,7 @@ mod table;
 mod target;
 mod tensors;
 mod tokenizer;
+mod tokenizer_json;
 mod value;
 mod vocabulary;
 mod write;

@@ -248,9 +248,9 @@ pub(super) fn by_hub(architecture: Architecture, name: &str) -> Vec<Written> {
     let (module, expert) = without_expert(module);
     let rows = ROWS.iter().filter(|r| r.hub == module && r.on.contains(&architecture));
     // The halves of one tensor are the only case of two rows that both count.
-    let is_half = |r: &&Row| matches!(r.change, FirstHalf | SecondHalf);
+    let is_half = |r: &Row| matches!(r.change, FirstHalf | SecondHalf);
     let mut found: Vec<&Row> = rows.collect();
-    if !found.iter().all(|r| is_half(&r)) {
+    if !found.iter().all(|r| is_half(r)) {
         found.truncate(1);
     }
     let written = |r: &Row| Written {

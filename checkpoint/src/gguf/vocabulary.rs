@@ -4,7 +4,7 @@
 //! llama.cpp `conversion/base.py` (what is written), `src/llama-vocab.cpp` (what is done with it).
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Map, Value as Json};
 
@@ -16,6 +16,7 @@ use crate::gguf::tokenizer::{
     BYTE, CONTROL, LONGEST_TOKEN, NO_TOKENIZER, NORMAL, SPACE, SPECIALS, UNKNOWN, UNUSED,
     USER_DEFINED,
 };
+use crate::gguf::tokenizer_json::{is_byte, merges, normalizers};
 use crate::gguf::write::{MetaValue, Metadata};
 use crate::source::{SideContent, Source};
 
@@ -52,6 +53,7 @@ pub fn vocabulary(
     };
     let mut writer = Writer { source, file, tokenizer: Json::Object(tokenizer), notes };
     let kind = writer.kind()?;
+    writer.note_strips();
     let table = writer.tokens(rows)?;
     let mut out = match kind {
         Kind::ByteLevel => writer.byte_level(&table, pre)?,
@@ -62,11 +64,11 @@ pub fn vocabulary(
     Ok(out)
 }
 
-/// A side file that is a JSON object, and where it is.
-fn json_file(
-    source: &Source,
-    name: &str,
-) -> Result<Option<(PathBuf, Map<String, Json>)>, CheckpointError> {
+/// Where a JSON object was read, and the object.
+type JsonFile = (PathBuf, Map<String, Json>);
+
+/// A side file that is a JSON object.
+fn json_file(source: &Source, name: &str) -> Result<Option<JsonFile>, CheckpointError> {
     let Some(side) = source.side_file(name) else { return Ok(None) };
     let file = match &side.content {
         SideContent::File(path) => path.clone(),
@@ -150,6 +152,22 @@ impl Writer<'_> {
             "tokenizer is BPE neither over bytes nor with byte fallback".into(),
             "llama.cpp has no such tokenizer",
         ))
+    }
+
+    /// Added tokens may take the spaces beside them along; in GGUF files they cannot say so.
+    fn note_strips(&mut self) {
+        let added = self.tokenizer["added_tokens"].as_array().into_iter().flatten();
+        let strips: Vec<&str> = added
+            .filter(|t| ["lstrip", "rstrip", "single_word"].iter().any(|key| t[*key] == true))
+            .filter_map(|t| t["content"].as_str())
+            .collect();
+        if let Some(first) = strips.first() {
+            let note = format!(
+                "{} added tokens, such as `{first}`, mind the spaces or letters beside them; llama.cpp decides that by its own rules",
+                strips.len()
+            );
+            self.notes.push(note);
+        }
     }
 
     /// All tokens, filled up or cut to `rows`.
@@ -508,57 +526,6 @@ struct Around {
     behind: Vec<String>,
 }
 
-/// Pairs of tokens in the order in which they are merged.
-fn merges<'j>(
-    tokenizer: &'j Json,
-    file: &Path,
-) -> Result<Vec<(&'j str, &'j str)>, CheckpointError> {
-    let list = tokenizer["model"]["merges"].as_array();
-    let pair = |merge: &'j Json| {
-        pair_of(merge).ok_or_else(|| CheckpointError::Malformed {
-            what: "merge of the tokenizer cannot be read".into(),
-            file: file.to_owned(),
-            tensor: None,
-            expected: "two tokens".into(),
-            found: merge.to_string(),
-            hint: None,
-        })
-    };
-    list.into_iter().flatten().map(pair).collect()
-}
-
-/// Two tokens: a list of two, or a text with a space between them.
-fn pair_of(merge: &Json) -> Option<(&str, &str)> {
-    match merge {
-        Json::String(text) => text.split_once(' '),
-        Json::Array(pair) => match pair.as_slice() {
-            [left, right] => Some((left.as_str()?, right.as_str()?)),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-/// `<0x0A>`: a byte of a character that the vocabulary lacks.
-fn is_byte(text: &str) -> bool {
-    let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
-    digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
-}
-
-/// The steps of a normalizer.
-fn normalizers(normalizer: &Json) -> Vec<&Json> {
-    match normalizer["type"].as_str() {
-        None => Vec::new(),
-        Some("Sequence") => normalizer["normalizers"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .flat_map(normalizers)
-            .collect(),
-        Some(_) => vec![normalizer],
-    }
-}
-
 /// Pairs of tokens that join to an ordinary token without being in the list of merges.
 fn unlisted_pairs(table: &Tokens, listed: &HashSet<(&str, &str)>) -> usize {
     let is_plain = |text: &str| {
@@ -573,24 +540,4 @@ fn unlisted_pairs(table: &Tokens, listed: &HashSet<(&str, &str)>) -> usize {
             cuts.filter(|(l, r)| is_plain(l) && is_plain(r) && !listed.contains(&(*l, *r))).count()
         })
         .sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn merges_in_both_spellings() {
-        assert_eq!(pair_of(&json!("a b")), Some(("a", "b")));
-        assert_eq!(pair_of(&json!(["a", "b c"])), Some(("a", "b c")));
-        assert_eq!(pair_of(&json!(["a"])), None);
-        assert_eq!(pair_of(&json!("ab")), None);
-    }
-
-    #[test]
-    fn bytes_by_name() {
-        assert!(is_byte("<0x0A>") && is_byte("<0xff>"));
-        assert!(!is_byte("<0x0>") && !is_byte("0x0A") && !is_byte("<0xzz>"));
-    }
 }
