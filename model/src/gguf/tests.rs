@@ -35,7 +35,7 @@ fn what_llama_cpp_lacks_is_named() {
         "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 16,
         "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1,
     });
-    let gemma = json!({"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16,
+    let gemma = json!({"model_type": "gemma2", "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
         "attn_logit_softcapping": 50.0, "tie_word_embeddings": true});
     for (config, what) in [
         (json!({"model_type": "qwen3", "rope_scaling": llama3}), "as Llama 3 does"),
