@@ -8,8 +8,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use moe_merge_kernels::{
-    Activation, AttentionSpec, Dtype, KeyValues, MatView, attention, attention_backward, cast,
-    dense, linear, linear_backward,
+    Activation, AttentionSpec, Dtype, Exec, KeyValues, MatView, attention, attention_backward,
+    cast, dense, linear, linear_backward,
 };
 use rayon::prelude::*;
 
@@ -106,9 +106,12 @@ fn prefill(threads: usize) {
                 100.0 * speed / peak
             );
             let (dy, mut dx) = (numbers(tokens * rows), vec![0.0; tokens * cols]);
-            let into = dense::Into::Overwrite;
+            let (exec, into) = (Exec::default(), dense::Into::Overwrite);
             let (time, limit) = in_turn(
-                &mut || linear_backward(&dy, weight, black_box(&mut dx), into).expect("sizes fit"),
+                &mut || {
+                    linear_backward(&dy, weight, &exec, black_box(&mut dx), into)
+                        .expect("sizes fit")
+                },
                 &mut || square_products(&a, &b, black_box(&mut square), threads),
             );
             let speed = 2e-9 * (tokens * rows * cols) as f64 / time;
@@ -177,12 +180,13 @@ fn rest() {
     let mut out = vec![0.0; tokens * 576];
     let (mut gate, up) = (numbers(tokens * 1536), numbers(tokens * 1536));
     let (attended, gated) = in_turn(
-        &mut || attention(&q, kv, &spec, black_box(&mut out)).expect("sizes fit"),
+        &mut || attention(&q, kv, &spec, &Exec::default(), black_box(&mut out)).expect("sizes fit"),
         &mut || Activation::Silu.gate(black_box(&mut gate), &up),
     );
     let d_out = numbers(tokens * 576);
     let mut back = || {
-        black_box(attention_backward(&q, &k, &v, &d_out, &spec).expect("sizes fit"));
+        let gradients = attention_backward([&q, &k, &v], &d_out, &d_out, &spec, &Exec::default());
+        black_box(gradients.expect("sizes fit"));
     };
     let (attended_back, _) = in_turn(&mut back, &mut || ());
     println!("attention 512 tokens, 9 heads of 64   {:7.2} ms", 1e3 * attended);

@@ -1,17 +1,14 @@
 //! Causal attention with grouped key-value heads.
 
-use rayon::prelude::*;
+mod decode;
+pub(crate) mod panel;
+pub(crate) mod prefill;
 
-use crate::Dtype;
-use crate::dot::dot_for;
 use crate::error::KernelError;
-use crate::norm::softmax;
+use crate::exec::Exec;
 
-/// Queries of one task: bounds the scratch to `QUERIES * keys` scores per thread.
-const QUERIES: usize = 64;
-
-/// From this many queries on, scores are matrix products.
-const GEMM_FROM: usize = 4;
+/// Up to this many queries go over the cache together.
+const FEW: usize = 3;
 
 /// Sizes and options of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,167 +58,95 @@ pub fn attention(
     q: &[f32],
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
+    exec: &Exec,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
+    let AttentionSpec { heads, qk_dim, .. } = *spec;
     let tokens = q.len() / (heads * qk_dim).max(1);
-    KernelError::check("queries", tokens * heads * qk_dim, q.len())?;
-    KernelError::check("attention output", tokens * heads * v_dim, out.len())?;
-    let reach = |strides: (usize, usize), dim| {
-        kv.count.saturating_sub(1) * strides.0 + kv_heads.saturating_sub(1) * strides.1 + dim
-    };
-    for (what, needed, found) in [
-        ("keys", reach(kv.key_strides, qk_dim), kv.keys.len()),
-        ("values", reach(kv.value_strides, v_dim), kv.values.len()),
-        ("key positions", tokens, kv.count),
-        ("heads in each group", kv_heads, if kv_heads == 0 { 1 } else { heads - heads % kv_heads }),
-    ] {
-        if found < needed {
-            return Err(KernelError::Length { what, expected: needed, found });
-        }
-    }
+    check(q, &[kv], tokens, spec, out)?;
     if tokens == 0 {
         return Ok(());
     }
-    KernelError::check("heads, a multiple of key-value heads", heads - heads % kv_heads, heads)?;
-    let blocks = tokens.div_ceil(QUERIES);
-    let start = kv.count - tokens;
-    let task = |index: usize| {
-        let (head, block) = (index / blocks, index % blocks);
-        let queries = block * QUERIES..tokens.min((block + 1) * QUERIES);
-        let rows = queries.len();
-        let mut result = vec![0.0; rows * v_dim];
-        head_block(q, kv, spec, head, queries, start, &mut result);
-        (head, block * QUERIES, result)
-    };
-    let place = |out: &mut [f32], (head, first, result): (usize, usize, Vec<f32>)| {
-        for (i, row) in result.chunks_exact(v_dim.max(1)).enumerate() {
-            let at = ((first + i) * heads + head) * v_dim;
-            out[at..at + v_dim].copy_from_slice(row);
-        }
-    };
-    if tokens * kv.count * heads * (qk_dim + v_dim) < 1 << 18 {
-        (0..heads * blocks).for_each(|i| place(out, task(i)));
+    if tokens <= FEW {
+        decode::decode(q, &[kv], tokens, spec, out, exec.isa);
     } else {
-        let results: Vec<_> = (0..heads * blocks).into_par_iter().map(task).collect();
-        results.into_iter().for_each(|r| place(out, r));
+        prefill::prefill(q, kv, spec, tokens, exec, out);
     }
     Ok(())
 }
 
-/// One head, some queries: scores, mask, softmax, weighted values.
-fn head_block(
+/// Attention of several sequences with one query each, which stands at the last key of its sequence.
+///
+/// * `q`: `[sequences, heads * qk_dim]`; `out`: `[sequences, heads * v_dim]`
+/// * each sequence as [`attention()`] has it by itself, to the bit, whatever the number of threads
+///
+/// # Errors
+/// [`KernelError::Length`] if a slice does not fit the sizes.
+pub fn attention_lanes(
     q: &[f32],
-    kv: KeyValues<'_>,
+    sequences: &[KeyValues<'_>],
     spec: &AttentionSpec,
-    head: usize,
-    queries: std::ops::Range<usize>,
-    start: usize,
+    exec: &Exec,
     out: &mut [f32],
-) {
-    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, scale, softcap, window } = *spec;
-    let group = head * kv_heads / heads;
-    let window = window.unwrap_or(usize::MAX);
-    let first_key = (start + queries.start + 1).saturating_sub(window);
-    let end_key = start + queries.end;
-    let (rows, keys) = (queries.len(), end_key - first_key);
-    let q = &q[(queries.start * heads + head) * qk_dim..];
-    let k = &kv.keys[group * kv.key_strides.1 + first_key * kv.key_strides.0..];
-    let v = &kv.values[group * kv.value_strides.1 + first_key * kv.value_strides.0..];
-    let mut scores = vec![0.0; rows * keys]; // [rows, keys]
-    if rows >= GEMM_FROM {
-        // SAFETY: `attention` checked that `rows` queries at stride `heads * qk_dim` and `keys` keys at their stride
-        // lie in the slices; `scores` is `[rows, keys]`.
-        unsafe {
-            gemm::gemm(
-                rows,
-                keys,
-                qk_dim,
-                scores.as_mut_ptr(),
-                1,
-                keys as isize,
-                false,
-                q.as_ptr(),
-                1,
-                (heads * qk_dim) as isize,
-                k.as_ptr(),
-                kv.key_strides.0 as isize,
-                1,
-                0f32,
-                scale,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
-    } else {
-        let dot = dot_for(Dtype::F32);
-        for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            let query = &q[row * heads * qk_dim..row * heads * qk_dim + qk_dim];
-            for (j, score) in scores.iter_mut().enumerate() {
-                let key = &k[j * kv.key_strides.0..j * kv.key_strides.0 + qk_dim];
-                *score = dot(bytemuck::cast_slice(key), query) * scale;
+) -> Result<(), KernelError> {
+    check(q, sequences, 1, spec, out)?;
+    if !sequences.is_empty() {
+        decode::decode(q, sequences, 1, spec, out, exec.isa);
+    }
+    Ok(())
+}
+
+/// Whether `tokens` queries for each sequence, its keys and values, and the output have the sizes they need.
+fn check(
+    q: &[f32],
+    sequences: &[KeyValues<'_>],
+    tokens: usize,
+    spec: &AttentionSpec,
+    out: &[f32],
+) -> Result<(), KernelError> {
+    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
+    let queries = sequences.len() * tokens;
+    KernelError::check("queries", queries * heads * qk_dim, q.len())?;
+    KernelError::check("attention output", queries * heads * v_dim, out.len())?;
+    for kv in sequences {
+        let reach = |strides: (usize, usize), dim| {
+            kv.count.saturating_sub(1) * strides.0 + kv_heads.saturating_sub(1) * strides.1 + dim
+        };
+        for (what, needed, found) in [
+            ("keys", reach(kv.key_strides, qk_dim), kv.keys.len()),
+            ("values", reach(kv.value_strides, v_dim), kv.values.len()),
+            ("key positions", tokens, kv.count),
+        ] {
+            if found < needed {
+                return Err(KernelError::Length { what, expected: needed, found });
             }
         }
     }
-    for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-        let position = start + queries.start + row;
-        let from = (position + 1).saturating_sub(window) - first_key;
-        let seen = from..position + 1 - first_key;
-        if let Some(cap) = softcap {
-            scores[seen.clone()].iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
-        }
-        scores[..seen.start].fill(0.0);
-        scores[seen.end..].fill(0.0);
-        softmax(&mut scores[seen]);
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let what = "heads, a multiple of key-value heads";
+        let expected = heads.checked_div(kv_heads).map_or(0, |g| g.max(1) * kv_heads);
+        return Err(KernelError::Length { what, expected, found: heads });
     }
-    if rows >= GEMM_FROM {
-        // SAFETY: `scores` is `[rows, keys]`, `keys` values at their stride lie in `v` (checked by `attention`), and
-        // `out` is `[rows, v_dim]`.
-        unsafe {
-            gemm::gemm(
-                rows,
-                v_dim,
-                keys,
-                out.as_mut_ptr(),
-                1,
-                v_dim as isize,
-                false,
-                scores.as_ptr(),
-                1,
-                keys as isize,
-                v.as_ptr(),
-                1,
-                kv.value_strides.0 as isize,
-                0f32,
-                1f32,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
-    } else {
-        for (out, scores) in out.chunks_exact_mut(v_dim.max(1)).zip(scores.chunks_exact(keys)) {
-            for (j, weight) in scores.iter().enumerate() {
-                let value = &v[j * kv.value_strides.0..j * kv.value_strides.0 + v_dim];
-                out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
-            }
-        }
-    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Isa;
 
-    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+    pub(super) fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
     }
 
     /// The formula, in f64, key by key.
-    fn plain(q: &[f32], k: &[f32], v: &[f32], tokens: usize, s: &AttentionSpec) -> Vec<f64> {
+    pub(super) fn plain(
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        tokens: usize,
+        s: &AttentionSpec,
+    ) -> Vec<f64> {
         let keys = k.len() / (s.kv_heads * s.qk_dim);
         let mut out = vec![0.0; tokens * s.heads * s.v_dim];
         for t in 0..tokens {
@@ -250,7 +175,7 @@ mod tests {
         out
     }
 
-    fn flat<'a>(k: &'a [f32], v: &'a [f32], s: &AttentionSpec) -> KeyValues<'a> {
+    pub(super) fn flat<'a>(k: &'a [f32], v: &'a [f32], s: &AttentionSpec) -> KeyValues<'a> {
         let (kw, vw) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
         KeyValues {
             keys: k,
@@ -263,8 +188,13 @@ mod tests {
 
     #[test]
     fn equals_the_formula() {
-        for (tokens, keys) in [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131)] {
-            for (window, softcap) in [(None, None), (Some(1), None), (Some(8), Some(5.0))] {
+        let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
+        let sizes = [(1, 1), (1, 40), (3, 9), (5, 5), (70, 70), (70, 131), (33, 230)];
+        for (isa, (tokens, keys)) in isas.flat_map(|isa| sizes.map(|sizes| (isa, sizes))) {
+            let exec = Exec::on(isa).unwrap();
+            for (window, softcap) in
+                [(None, None), (Some(1), None), (Some(8), Some(5.0)), (Some(100), None)]
+            {
                 let s = AttentionSpec {
                     heads: 4,
                     kv_heads: 2,
@@ -277,9 +207,9 @@ mod tests {
                 let (q, k, v) =
                     (numbers(tokens * 24, 1), numbers(keys * 12, 2), numbers(keys * 10, 3));
                 let mut out = vec![f32::NAN; tokens * 20];
-                attention(&q, flat(&k, &v, &s), &s, &mut out).unwrap();
+                attention(&q, flat(&k, &v, &s), &s, &exec, &mut out).unwrap();
                 for (o, e) in out.iter().zip(plain(&q, &k, &v, tokens, &s)) {
-                    assert!((*o as f64 - e).abs() < 1e-5, "{tokens} {keys} {window:?}");
+                    assert!((*o as f64 - e).abs() < 1e-5, "{isa:?} {tokens} {keys} {window:?}");
                 }
             }
         }
@@ -300,10 +230,39 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; 150 * 96];
-            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &mut out)).unwrap();
+            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &Exec::default(), &mut out))
+                .unwrap();
             out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(2));
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn a_query_does_not_depend_on_its_neighbours() {
+        for window in [None, Some(50)] {
+            let s = AttentionSpec {
+                heads: 2,
+                kv_heads: 1,
+                qk_dim: 5,
+                v_dim: 7,
+                scale: 0.4,
+                softcap: Some(3.0),
+                window,
+            };
+            let (q, k, v) = (numbers(230 * 10, 1), numbers(230 * 5, 2), numbers(230 * 7, 3));
+            let exec = Exec { batch_invariant: true, ..Exec::default() };
+            let run = |from: usize, to: usize| {
+                let kv = flat(&k[..to * 5], &v[..to * 7], &s);
+                let mut out = vec![0.0; (to - from) * 14];
+                attention(&q[from * 10..to * 10], kv, &s, &exec, &mut out).unwrap();
+                out
+            };
+            let all = run(0, 230);
+            for (from, to) in [(0, 1), (100, 101), (64, 96), (57, 230)] {
+                assert_eq!(run(from, to), all[from * 14..to * 14], "{from} {to}");
+            }
+        }
     }
 
     #[test]
@@ -318,8 +277,21 @@ mod tests {
             window: None,
         };
         let (k, mut out) = ([0.0; 4], [0.0; 12]);
-        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &mut out).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &mut out[..8]).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &mut out[..7]).is_err());
+        let exec = Exec::default();
+        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &exec, &mut out).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &exec, &mut out[..8]).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &exec, &mut out[..7]).is_err());
+        let kv = flat(&k, &k, &s);
+        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &exec, &mut out[..8]).is_ok());
+        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &exec, &mut out[..8]).is_err());
+        let none = KeyValues { count: 0, ..kv };
+        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &exec, &mut out[..8]).is_err());
+        for kv_heads in [0, 3] {
+            let s = AttentionSpec { kv_heads, ..s };
+            assert!(
+                attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &exec, &mut out[..4])
+                    .is_err()
+            );
+        }
     }
 }

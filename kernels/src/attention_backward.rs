@@ -1,16 +1,23 @@
 //! Gradients through causal attention.
 
-use std::ops::Range;
-
-use rayon::prelude::*;
-
-use crate::attention::AttentionSpec;
-use crate::dense::{Dense, Into, matmul};
+use crate::attention::panel::{KEYS, LOWEST, Panel, QUERIES, soften};
+use crate::attention::prefill::Step;
+use crate::attention::{AttentionSpec, KeyValues};
+use crate::dense::Into;
 use crate::error::KernelError;
-use crate::norm::softmax;
+use crate::exec::{Exec, Isa};
+use crate::product::{Left, product};
+use crate::scratch::Scratch;
+use crate::tasks::{Parts, for_each};
+use crate::transpose::transpose;
+use crate::vector::{Job, Vector, run};
 
-/// Queries whose scores are held at a time.
-const QUERIES: usize = 64;
+/// Tasks there are at least where sizes allow it; each has sums of its own for keys and values. Fixed, so that the split
+/// (and with it every bit of the result) does not depend on the number of threads.
+const TASKS: usize = 16;
+
+/// Multiply-adds below which handing work to other threads costs more than it gains.
+const ALONE_BELOW: usize = 1 << 20;
 
 /// Gradients of [`crate::attention()`] over one whole sequence.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,139 +32,238 @@ pub struct AttentionGradients {
 
 /// Gradients of [`crate::attention()`] of a sequence to itself, with respect to queries, keys and values.
 ///
-/// Probabilities `p` are computed again, block by block: no score matrix is kept. With `do` the gradient of the output,
-/// `dp = do vᵀ`, `ds = p (dp - p . dp)` (times `1 - (s / cap)^2` under a softcap), `dq = scale ds k`, `dk = scale dsᵀ q`,
-/// `dv = pᵀ do`; key-value heads add up over the query heads they serve, in order.
+/// Probabilities `p` are computed again from the logarithm of each query's sum, block by block: no matrix of scores is kept.
+/// With `do` the gradient of the output `o`, `dp = do vᵀ`, `ds = p (dp - do . o)` (times `1 - (s / cap)^2` under a
+/// softcap), `dq = scale ds k`, `dk = scale dsᵀ q`, `dv = pᵀ do`; key-value heads add up over the query heads they serve,
+/// in order.
 ///
-/// * `q`: `[tokens, heads * qk_dim]`; `k`: `[tokens, kv_heads * qk_dim]`; `v`: `[tokens, kv_heads * v_dim]`; `d_out`:
-///   `[tokens, heads * v_dim]`; f32 sums; the same bits for any number of threads
+/// * `q`: `[tokens, heads * qk_dim]`; `k`: `[tokens, kv_heads * qk_dim]`; `v`: `[tokens, kv_heads * v_dim]`; `out` (what
+///   attention gave) and `d_out`: `[tokens, heads * v_dim]`
+/// * f32 sums; the same bits for any number of threads
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
+///
+/// # Source
+/// Dao, FlashAttention-2 (2023), algorithm 2; there the sums of the forward pass are kept, here they are made again.
 pub fn attention_backward(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    [q, k, v]: [&[f32]; 3],
+    out: &[f32],
     d_out: &[f32],
     spec: &AttentionSpec,
+    exec: &Exec,
 ) -> Result<AttentionGradients, KernelError> {
     let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
     let tokens = q.len().checked_div(heads * qk_dim).unwrap_or(0);
-    let groups = if kv_heads == 0 { 1 } else { heads - heads % kv_heads };
-    KernelError::check("heads, a multiple of key-value heads", groups, heads)?;
+    let whole = if kv_heads == 0 { 1 } else { heads - heads % kv_heads };
+    KernelError::check("heads, a multiple of key-value heads", whole, heads)?;
     KernelError::check("queries", tokens * heads * qk_dim, q.len())?;
     KernelError::check("keys", tokens * kv_heads * qk_dim, k.len())?;
     KernelError::check("values", tokens * kv_heads * v_dim, v.len())?;
+    KernelError::check("attention output", tokens * heads * v_dim, out.len())?;
     KernelError::check("gradient of attention", tokens * heads * v_dim, d_out.len())?;
-    let task = |head: usize| head_gradients(q, k, v, d_out, spec, tokens, head);
-    let parts: Vec<AttentionGradients> = if tokens * tokens * heads * (qk_dim + v_dim) < 1 << 18 {
-        (0..heads).map(task).collect::<Result<_, _>>()?
-    } else {
-        (0..heads).into_par_iter().map(task).collect::<Result<_, _>>()?
-    };
     let mut sum =
         AttentionGradients { q: vec![0.0; q.len()], k: vec![0.0; k.len()], v: vec![0.0; v.len()] };
-    for (head, part) in parts.iter().enumerate() {
-        let group = head * kv_heads / heads;
-        add_columns(&mut sum.q, heads * qk_dim, head * qk_dim, &part.q, qk_dim);
-        add_columns(&mut sum.k, kv_heads * qk_dim, group * qk_dim, &part.k, qk_dim);
-        add_columns(&mut sum.v, kv_heads * v_dim, group * v_dim, &part.v, v_dim);
+    if q.is_empty() {
+        return Ok(sum);
     }
+    let kv = KeyValues {
+        keys: k,
+        values: v,
+        count: tokens,
+        key_strides: (kv_heads * qk_dim, qk_dim),
+        value_strides: (kv_heads * v_dim, v_dim),
+    };
+    let work = Work { q, kv, out, d_out, spec, isa: exec.isa };
+    // Panels of all queries of a group, dealt out to `chunks` tasks like cards: late ones see more keys.
+    let (group, panels) = (heads / kv_heads, tokens.div_ceil(QUERIES));
+    let chunks = TASKS.div_ceil(kv_heads).min(group * panels);
+    let size = tokens * (qk_dim + v_dim);
+    let mut parts = Scratch::zeroed(kv_heads * chunks * size); // [kv_heads, chunks, (dk, dv)]
+    let (d_q, d_kv) = (Parts::new(&mut sum.q), Parts::new(&mut parts));
+    let shared = tokens * tokens * heads * (qk_dim + v_dim) >= ALONE_BELOW;
+    for_each(kv_heads * chunks, shared, |task| {
+        // SAFETY: the sums of this task.
+        let (d_k, d_v) = unsafe { d_kv.range(task * size, size) }.split_at_mut(tokens * qk_dim);
+        let (kv_head, chunk) = (task / chunks, task % chunks);
+        for item in (chunk..group * panels).step_by(chunks) {
+            let (head, first) = (kv_head * group + item % group, item / group * QUERIES);
+            let rows = work.panel(head, kv_head, first, d_k, d_v);
+            for (i, row) in rows.chunks_exact(qk_dim).enumerate() {
+                // SAFETY: each query of each head belongs to one item of one task.
+                let out = unsafe { d_q.range(((first + i) * heads + head) * qk_dim, qk_dim) };
+                out.copy_from_slice(row);
+            }
+        }
+    });
+    for (kv_head, parts) in parts.chunks_exact(chunks * size).enumerate() {
+        for part in parts.chunks_exact(size) {
+            let (d_k, d_v) = part.split_at(tokens * qk_dim);
+            add_columns(&mut sum.k, kv_heads * qk_dim, kv_head * qk_dim, d_k, qk_dim);
+            add_columns(&mut sum.v, kv_heads * v_dim, kv_head * v_dim, d_v, v_dim);
+        }
+    }
+    sum.k.iter_mut().for_each(|d| *d *= spec.scale);
     Ok(sum)
 }
 
 /// `all[:, from..from + dim] += part`, `all` with rows of `width`.
 fn add_columns(all: &mut [f32], width: usize, from: usize, part: &[f32], dim: usize) {
-    for (row, part) in all.chunks_exact_mut(width.max(1)).zip(part.chunks_exact(dim.max(1))) {
-        row[from..from + dim].iter_mut().zip(part).for_each(|(o, v)| *o += v);
+    if dim == 0 {
+        return;
+    }
+    for (all, part) in all.chunks_exact_mut(width).zip(part.chunks_exact(dim)) {
+        all[from..from + dim].iter_mut().zip(part).for_each(|(a, p)| *a += p);
     }
 }
 
-/// What one query head gives: `q`, `k`, `v` are `[tokens, dim]` here.
-fn head_gradients(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    d_out: &[f32],
-    spec: &AttentionSpec,
-    tokens: usize,
-    head: usize,
-) -> Result<AttentionGradients, KernelError> {
-    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, scale, .. } = *spec;
-    let group = head * kv_heads / heads;
-    let part = |data, rows: &Range<usize>, heads: usize, head: usize, dim: usize| {
-        columns_of_rows(data, rows, heads * dim, head * dim..(head + 1) * dim)
-    };
-    let mut sum = AttentionGradients {
-        q: vec![0.0; tokens * qk_dim],
-        k: vec![0.0; tokens * qk_dim],
-        v: vec![0.0; tokens * v_dim],
-    };
-    for from in (0..tokens).step_by(QUERIES) {
-        let rows = from..tokens.min(from + QUERIES);
-        let keys = (from + 1).saturating_sub(spec.window.unwrap_or(usize::MAX))..rows.end;
-        let queries = part(q, &rows, heads, head, qk_dim)?;
-        let d_out = part(d_out, &rows, heads, head, v_dim)?;
-        let k = part(k, &keys, kv_heads, group, qk_dim)?;
-        let v = part(v, &keys, kv_heads, group, v_dim)?;
-        let mut p = vec![0.0; rows.len() * keys.len()]; // [queries, keys]
-        matmul(queries, k.transposed(), &mut p, Into::Overwrite)?;
-        let slope = probabilities(&mut p, &rows, &keys, spec);
-        let mut ds = vec![0.0; p.len()];
-        matmul(d_out, v.transposed(), &mut ds, Into::Overwrite)?;
-        for (p, ds) in p.chunks_exact(keys.len()).zip(ds.chunks_exact_mut(keys.len())) {
-            let mean: f64 = p.iter().zip(&*ds).map(|(p, d)| f64::from(*p) * f64::from(*d)).sum();
-            ds.iter_mut().zip(p).for_each(|(d, p)| *d = scale * p * (*d - mean as f32));
+/// What every task reads.
+struct Work<'a> {
+    q: &'a [f32],
+    kv: KeyValues<'a>,
+    out: &'a [f32],
+    d_out: &'a [f32],
+    spec: &'a AttentionSpec,
+    isa: Isa,
+}
+
+impl Work<'_> {
+    /// The queries of `head` from `first` on: adds to `d_k [tokens, qk_dim]` (without the scale) and `d_v [tokens, v_dim]`,
+    /// returns the gradient of the queries `[count, qk_dim]`.
+    fn panel(
+        &self,
+        head: usize,
+        kv_head: usize,
+        first: usize,
+        d_k: &mut [f32],
+        d_v: &mut [f32],
+    ) -> Scratch {
+        let Work { q, kv, out, d_out, spec, isa } = self;
+        let AttentionSpec { heads, qk_dim, v_dim, .. } = **spec;
+        let panel = Panel::new(first, QUERIES.min(kv.count - first), spec);
+        let (lanes, count) = (panel.lanes, panel.count);
+        let (q_width, v_width) = (heads * qk_dim, heads * v_dim);
+        let turned_q = panel.turned(*isa, (q, q_width), (first, head * qk_dim), qk_dim, spec.scale);
+        let at = (first, head * v_dim);
+        let turned_d = panel.turned(*isa, (d_out, v_width), at, v_dim, 1.0);
+        let mut delta = [0.0; QUERIES];
+        let turned_out = panel.turned(*isa, (out, v_width), at, v_dim, 1.0);
+        for (d, o) in turned_d.chunks_exact(lanes).zip(turned_out.chunks_exact(lanes)) {
+            for ((delta, d), o) in delta.iter_mut().zip(d).zip(o) {
+                *delta += d * o;
+            }
         }
-        if let Some(slope) = slope {
-            ds.iter_mut().zip(slope).for_each(|(d, s)| *d *= s);
+        let mut p = Scratch::new(KEYS * lanes); // [keys, lanes]
+        let mut ds = Scratch::new(KEYS * lanes); // [keys, lanes]
+        let log_sums = self.log_sums(panel, &turned_q, kv_head, &mut p);
+        let mut d_q = Scratch::zeroed(qk_dim * lanes); // [qk_dim, lanes]
+        for keys in panel.blocks() {
+            let n = keys.len();
+            let (p, ds) = (&mut p[..n * lanes], &mut ds[..n * lanes]);
+            self.scores(panel, &turned_q, kv_head, keys.start, p);
+            let (row, next) = kv.value_strides;
+            let values =
+                Left { data: &kv.values[kv_head * next + keys.start * row..], row, col: 1 };
+            let sizes = (n, v_dim, lanes);
+            product(*isa, sizes, values, (&turned_d, lanes), (ds, lanes), Into::Overwrite);
+            let cap = spec.softcap;
+            run(*isa, Slopes { p, ds, log_sums: &log_sums[..lanes], delta: &delta[..lanes], cap });
+            panel.mask(keys.clone(), p, 0.0);
+            panel.mask(keys.clone(), ds, 0.0);
+            let (row, next) = kv.key_strides;
+            let data = &kv.keys[kv_head * next + keys.start * row..];
+            let left = Left { data, row: 1, col: row };
+            product(*isa, (qk_dim, n, lanes), left, (ds, lanes), (&mut d_q, lanes), Into::Add);
+            let d_k = &mut d_k[keys.start * qk_dim..];
+            let queries = (&q[first * q_width + head * qk_dim..], q_width);
+            product(
+                *isa,
+                (n, count, qk_dim),
+                Left::rows(ds, lanes),
+                queries,
+                (d_k, qk_dim),
+                Into::Add,
+            );
+            let d_v = &mut d_v[keys.start * v_dim..];
+            let d_out = (&d_out[first * v_width + head * v_dim..], v_width);
+            product(*isa, (n, count, v_dim), Left::rows(p, lanes), d_out, (d_v, v_dim), Into::Add);
         }
-        let p = Dense::new(&p, rows.len(), keys.len())?;
-        let ds = Dense::new(&ds, rows.len(), keys.len())?;
-        let (kq, kv) =
-            (keys.start * qk_dim..keys.end * qk_dim, keys.start * v_dim..keys.end * v_dim);
-        matmul(ds, k, &mut sum.q[from * qk_dim..rows.end * qk_dim], Into::Overwrite)?;
-        matmul(ds.transposed(), queries, &mut sum.k[kq], Into::Add)?;
-        matmul(p.transposed(), d_out, &mut sum.v[kv], Into::Add)?;
+        d_q.iter_mut().for_each(|d| *d *= spec.scale);
+        let mut rows = Scratch::new(count * qk_dim);
+        transpose(*isa, (qk_dim, count), (&d_q, lanes), (&mut rows, qk_dim));
+        rows
     }
-    Ok(sum)
+
+    /// Scores `[keys, lanes]` of the keys from `from` on, under the softcap but not masked.
+    fn scores(&self, panel: Panel, q: &[f32], kv_head: usize, from: usize, scores: &mut [f32]) {
+        let keys = from..from + scores.len() / panel.lanes;
+        panel.scores(self.isa, &self.kv, self.spec, kv_head, keys, q, scores);
+        if let Some(cap) = self.spec.softcap {
+            soften(self.isa, scores, cap);
+        }
+    }
+
+    /// Logarithm of each query's sum of `exp(score)`.
+    fn log_sums(
+        &self,
+        panel: Panel,
+        q: &[f32],
+        kv_head: usize,
+        room: &mut [f32],
+    ) -> [f32; QUERIES] {
+        let (mut max, mut total) = ([LOWEST; QUERIES], [0.0; QUERIES]);
+        for keys in panel.blocks() {
+            let scores = &mut room[..keys.len() * panel.lanes];
+            self.scores(panel, q, kv_head, keys.start, scores);
+            panel.mask(keys, scores, f32::NEG_INFINITY);
+            let (max, total) = (&mut max[..panel.lanes], &mut total[..panel.lanes]);
+            run(self.isa, Step { scores, max, total, sums: &mut [] });
+        }
+        for (max, total) in max.iter_mut().zip(&total) {
+            *max += total.ln();
+        }
+        max
+    }
 }
 
-/// Rows and columns of a row-major matrix with rows of `width`.
-fn columns_of_rows<'a>(
-    data: &'a [f32],
-    rows: &Range<usize>,
-    width: usize,
-    columns: Range<usize>,
-) -> Result<Dense<'a, f32>, KernelError> {
-    let data = &data[rows.start * width..rows.end * width];
-    Ok(Dense::new(data, rows.len(), width)?.columns(columns))
+/// From scores and `dp` to `p = exp(score - log_sum)` and `ds = p (dp - delta) (1 - (score / cap)^2)`.
+struct Slopes<'a> {
+    /// Scores at first, `[keys, lanes]`.
+    p: &'a mut [f32],
+    /// `dp` at first, `[keys, lanes]`.
+    ds: &'a mut [f32],
+    /// `[lanes]`.
+    log_sums: &'a [f32],
+    /// `[lanes]`.
+    delta: &'a [f32],
+    cap: Option<f32>,
 }
 
-/// Turns products `[queries, keys]` into probabilities; returns the slope of the softcap where there is one.
-fn probabilities(
-    scores: &mut [f32],
-    rows: &Range<usize>,
-    keys: &Range<usize>,
-    spec: &AttentionSpec,
-) -> Option<Vec<f32>> {
-    scores.iter_mut().for_each(|s| *s *= spec.scale);
-    let slope = spec.softcap.map(|cap| {
-        let bent = |s: &mut f32| {
-            let t = (*s / cap).tanh();
-            *s = cap * t;
-            1.0 - t * t
-        };
-        scores.iter_mut().map(bent).collect()
-    });
-    for (position, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
-        let from = (position + 1).saturating_sub(spec.window.unwrap_or(usize::MAX)) - keys.start;
-        let seen = from..position + 1 - keys.start;
-        scores[..seen.start].fill(0.0);
-        scores[seen.end..].fill(0.0);
-        softmax(&mut scores[seen]);
+impl Job for Slopes<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Vector>(self) {
+        let Slopes { p, ds, log_sums, delta, cap } = self;
+        let lanes = delta.len();
+        let bend = cap.map_or(0.0, |cap| -1.0 / (cap * cap));
+        for at in (0..lanes).step_by(S::N) {
+            // SAFETY: `lanes` is a multiple of `N`, every row has so many numbers, and the processor has the set.
+            unsafe {
+                let log_sum = S::load(log_sums[at..].as_ptr());
+                let delta = S::load(delta[at..].as_ptr());
+                for (p, ds) in p.chunks_exact_mut(lanes).zip(ds.chunks_exact_mut(lanes)) {
+                    let (p, ds) = (p.as_mut_ptr().add(at), ds.as_mut_ptr().add(at));
+                    let score = S::load(p);
+                    let probability = S::exp(S::sub(score, log_sum));
+                    let slope = S::fma(S::mul(score, score), S::splat(bend), S::splat(1.0));
+                    let back = S::mul(probability, S::sub(S::load(ds), delta));
+                    S::store(ds, S::mul(back, slope));
+                    S::store(p, probability);
+                }
+            }
+        }
     }
-    slope
 }
 
 #[cfg(test)]
@@ -166,6 +272,25 @@ mod tests {
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    /// Gradients, with the output that attention gives.
+    fn gradients(
+        [q, k, v]: [&[f32]; 3],
+        d_out: &[f32],
+        s: &AttentionSpec,
+        exec: &Exec,
+    ) -> AttentionGradients {
+        let kv = KeyValues {
+            keys: k,
+            values: v,
+            count: k.len() / (s.kv_heads * s.qk_dim),
+            key_strides: (s.kv_heads * s.qk_dim, s.qk_dim),
+            value_strides: (s.kv_heads * s.v_dim, s.v_dim),
+        };
+        let mut out = vec![0.0; d_out.len()];
+        crate::attention(q, kv, s, exec, &mut out).unwrap();
+        attention_backward([q, k, v], &out, d_out, s, exec).unwrap()
     }
 
     /// `sum(d_out . attention(q, k, v))` by the formula, in f64.
@@ -212,21 +337,25 @@ mod tests {
             let k = numbers(tokens * kv_heads * qk_dim, 2);
             let v = numbers(tokens * kv_heads * v_dim, 3);
             let d_out = numbers(tokens * heads * v_dim, 4);
-            let found = attention_backward(&q, &k, &v, &d_out, &s).unwrap();
             let wide = |x: &[f32]| x.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
             let inputs = [wide(&q), wide(&k), wide(&v)];
-            for (which, found) in [&found.q, &found.k, &found.v].into_iter().enumerate() {
-                for (i, found) in found.iter().enumerate() {
+            let sets = Isa::ALL.into_iter().filter(|isa| isa.available());
+            let found: Vec<_> = sets
+                .map(|isa| gradients([&q, &k, &v], &d_out, &s, &Exec::on(isa).unwrap()))
+                .collect();
+            for which in 0..3 {
+                for i in 0..inputs[which].len() {
                     let moved = |by: f64| {
                         let mut inputs = inputs.clone();
                         inputs[which][i] += by;
                         value(&inputs[0], &inputs[1], &inputs[2], &d_out, &s)
                     };
                     let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-                    assert!(
-                        (f64::from(*found) - slope).abs() < 1e-5,
-                        "{which} {i} {found} {slope}"
-                    );
+                    for found in &found {
+                        let found = [&found.q, &found.k, &found.v][which][i];
+                        let error = (f64::from(found) - slope).abs();
+                        assert!(error < 1e-5, "{which} {i} {found} {slope}");
+                    }
                 }
             }
         }
@@ -252,9 +381,10 @@ mod tests {
         );
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| attention_backward(&q, &k, &v, &d_out, &s)).unwrap()
+            pool.install(|| gradients([&q, &k, &v], &d_out, &s, &Exec::default()))
         };
         let found = run(1);
+        assert_eq!(found, run(2));
         assert_eq!(found, run(3));
         let wide = |x: &[f32]| x.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
         let (q, v) = (wide(&q), wide(&v));
@@ -281,11 +411,15 @@ mod tests {
             window: None,
         };
         let (x, y) = ([0.0; 8], [0.0; 4]);
-        assert!(attention_backward(&x, &y, &y, &x, &s).is_ok());
-        assert!(attention_backward(&x[..7], &y, &y, &x, &s).is_err());
-        assert!(attention_backward(&x, &y[..3], &y, &x, &s).is_err());
-        assert!(attention_backward(&x, &y, &y, &y, &s).is_err());
+        let run = |q: &[f32], k: &[f32], out: &[f32], d_out: &[f32], s: &AttentionSpec| {
+            attention_backward([q, k, &y], out, d_out, s, &Exec::default()).is_ok()
+        };
+        assert!(run(&x, &y, &x, &x, &s));
+        assert!(!run(&x[..7], &y, &x, &x, &s));
+        assert!(!run(&x, &y[..3], &x, &x, &s));
+        assert!(!run(&x, &y, &y, &x, &s));
+        assert!(!run(&x, &y, &x, &y, &s));
         let three = AttentionSpec { heads: 3, kv_heads: 2, ..s };
-        assert!(attention_backward(&[], &[], &[], &[], &three).is_err());
+        assert!(attention_backward([&[]; 3], &[], &[], &three, &Exec::default()).is_err());
     }
 }

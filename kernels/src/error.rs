@@ -1,5 +1,7 @@
 //! What a kernel refuses.
 
+use crate::exec::Isa;
+
 /// A kernel was called with sizes or values that it cannot work on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
@@ -28,6 +30,20 @@ pub enum KernelError {
         token: usize,
         /// Column of the logits.
         expert: usize,
+    },
+    /// An instruction set that does not exist, or that this processor does not have.
+    #[error(
+        "instruction set `{name}` {}; this processor has {}",
+        if *.known { "is not one of this processor" } else { "does not exist" },
+        .usable.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
+    )]
+    Isa {
+        /// The name asked for.
+        name: String,
+        /// Whether there is one of this name.
+        known: bool,
+        /// Those that this processor has.
+        usable: Vec<Isa>,
     },
 }
 

@@ -16,6 +16,8 @@
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
 pub mod activation;
+#[cfg(test)]
+mod allocations;
 pub mod attention;
 mod attention_backward;
 pub mod cast;
@@ -24,22 +26,32 @@ pub mod dispatch;
 mod dispatch_backward;
 mod dot;
 mod error;
+mod exec;
 mod linear;
 mod linear_backward;
 mod norm;
+mod panel;
+mod product;
 pub mod rope;
 pub mod routing;
 mod routing_backward;
+mod rows;
+mod scratch;
 mod simd;
+mod tasks;
+mod transpose;
+mod vector;
 mod view;
+mod widen;
 
 pub use activation::Activation;
-pub use attention::{AttentionSpec, KeyValues, attention};
+pub use attention::{AttentionSpec, KeyValues, attention, attention_lanes};
 pub use attention_backward::{AttentionGradients, attention_backward};
 pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};
 pub use dispatch_backward::moe_backward;
 pub use error::KernelError;
+pub use exec::{Accuracy, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
 pub use linear_backward::linear_backward;
 pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};

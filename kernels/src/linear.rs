@@ -1,27 +1,19 @@
 //! Products of activations with weights as stored.
 
-use std::borrow::Cow;
-
-use rayon::prelude::*;
-
-use crate::dot::dot_for;
 use crate::error::KernelError;
+use crate::exec::Exec;
+use crate::panel::{self, Form, LinearBlock, Output, ROWS};
+use crate::rows::{self, FEW};
+use crate::tasks;
 use crate::view::MatView;
 
-/// Weight rows of one task. Fixed, so that the split (and with it every bit of the result) does not depend on the
-/// number of threads.
-const ROWS: usize = 128;
-
-/// From this many tokens on, weights are widened by blocks and multiplied as matrices.
-const GEMM_FROM: usize = 4;
-
 /// Multiply-adds below which handing work to other threads costs more than it gains.
-const ALONE_BELOW: usize = 1 << 18;
+pub(crate) const ALONE_BELOW: usize = 1 << 20;
 
 /// Linear layer: `out[t, r] = sum_c x[t, c] * w[r, c] + bias[r]`.
 ///
 /// * `x`: `[tokens, w.cols()]`; `out`: `[tokens, w.rows()]`; `bias`: `[w.rows()]`
-/// * f32 sums; the weight is read as stored, 16-bit blocks are widened into scratch of one block per thread
+/// * f32 sums; the weight is read as stored, and never copied but for some rows at a time
 /// * the same bits for any number of threads
 ///
 /// # Errors
@@ -31,137 +23,44 @@ pub fn linear(
     w: MatView<'_>,
     bias: Option<&[f32]>,
     out: &mut [f32],
+    exec: &Exec,
 ) -> Result<(), KernelError> {
-    let (m, k) = (w.rows(), w.cols());
-    let tokens = x.len().checked_div(k).unwrap_or(out.len() / m.max(1));
-    KernelError::check("linear input", tokens * k, x.len())?;
-    KernelError::check("linear output", tokens * m, out.len())?;
+    let (rows, cols) = (w.rows(), w.cols());
+    let tokens = x.len().checked_div(cols).unwrap_or(out.len() / rows.max(1));
+    KernelError::check("linear input", tokens * cols, x.len())?;
+    KernelError::check("linear output", tokens * rows, out.len())?;
     if let Some(bias) = bias {
-        KernelError::check("linear bias", m, bias.len())?;
+        KernelError::check("linear bias", rows, bias.len())?;
     }
     if out.is_empty() {
         return Ok(());
     }
-    let out = Columns { start: out.as_mut_ptr(), width: m };
-    let block = |from: usize| {
-        let part = w.slice_rows(from, m.min(from + ROWS));
-        let bias = bias.map(|b| &b[from..from + part.rows()]);
-        if tokens < GEMM_FROM {
-            rows_by_dot(x, tokens, part, bias, out, from);
-        } else {
-            rows_by_gemm(x, tokens, part, bias, out, from);
-        }
-    };
-    if tokens * m * k < ALONE_BELOW {
-        (0..m.div_ceil(ROWS)).for_each(|b| block(b * ROWS));
-    } else {
-        (0..m.div_ceil(ROWS)).into_par_iter().for_each(|b| block(b * ROWS));
+    if tokens <= FEW && !exec.batch_invariant {
+        return rows::linear_few(x, w, bias, out, exec);
     }
+    let panels = panel::of_rows(x, tokens, cols, Form::of(w.dtype(), exec), exec);
+    let (chunks, blocks) = (panels.chunks(), rows.div_ceil(ROWS));
+    let out = Output { start: out.as_mut_ptr(), stride: rows };
+    tasks::for_each(chunks.len() * blocks, tokens * rows * cols >= ALONE_BELOW, |task| {
+        let from = task % blocks * ROWS;
+        let block = LinearBlock {
+            w,
+            bias,
+            rows: from..rows.min(from + ROWS),
+            panels: &panels,
+            chunk: chunks[task / blocks].clone(),
+            out,
+        };
+        // SAFETY: every task has rows and tokens of its own, and `out` holds them all.
+        unsafe { block.compute(exec.isa) }
+    });
     Ok(())
-}
-
-/// The output `[tokens, width]`, of which each task writes columns of its own.
-#[derive(Clone, Copy)]
-struct Columns {
-    start: *mut f32,
-    width: usize,
-}
-// SAFETY: tasks write disjoint columns, and `linear` outlives them all.
-unsafe impl Send for Columns {}
-// SAFETY: as above.
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// Columns `from..from + len` of row `token`.
-    ///
-    /// # Safety
-    /// Row and columns exist, and no other task touches these columns.
-    unsafe fn row<'a>(self, token: usize, from: usize, len: usize) -> &'a mut [f32] {
-        // SAFETY: see above.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(token * self.width + from), len) }
-    }
-}
-
-fn rows_by_dot(
-    x: &[f32],
-    tokens: usize,
-    part: MatView<'_>,
-    bias: Option<&[f32]>,
-    out: Columns,
-    from: usize,
-) {
-    let dot = dot_for(part.dtype());
-    let k = part.cols();
-    for row in 0..part.rows() {
-        for token in 0..tokens {
-            // SAFETY: row `from + row` is one of this task's columns.
-            let o = unsafe { out.row(token, from + row, 1) };
-            let sum = dot(part.row(row), &x[token * k..(token + 1) * k]);
-            o[0] = sum + bias.map_or(0.0, |b| b[row]);
-        }
-    }
-}
-
-fn rows_by_gemm(
-    x: &[f32],
-    tokens: usize,
-    part: MatView<'_>,
-    bias: Option<&[f32]>,
-    out: Columns,
-    from: usize,
-) {
-    let (rows, k) = (part.rows(), part.cols());
-    let wide = widened(part);
-    // SAFETY: `dst` covers `rows` columns of each of the `tokens` rows of the output, all of them this task's own;
-    // `lhs` is `x [tokens, k]`, `rhs` the transpose of `wide [rows, k]`; all strides in elements.
-    unsafe {
-        gemm::gemm(
-            tokens,
-            rows,
-            k,
-            out.start.add(from),
-            1,
-            out.width as isize,
-            false,
-            x.as_ptr(),
-            1,
-            k as isize,
-            wide.as_ptr(),
-            k as isize,
-            1,
-            0f32,
-            1f32,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-    if let Some(bias) = bias {
-        for token in 0..tokens {
-            // SAFETY: this task's columns.
-            let row = unsafe { out.row(token, from, rows) };
-            row.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
-        }
-    }
-}
-
-/// The numbers of `part` as `f32`: in place where they are stored so and aligned.
-fn widened<'a>(part: MatView<'a>) -> Cow<'a, [f32]> {
-    if part.dtype() == crate::Dtype::F32
-        && let Ok(values) = bytemuck::try_cast_slice(part.bytes())
-    {
-        return Cow::Borrowed(values);
-    }
-    let mut values = vec![0.0; part.rows() * part.cols()];
-    crate::cast::widen(part.bytes(), part.dtype(), &mut values);
-    Cow::Owned(values)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Dtype;
+    use crate::{Accuracy, Dtype, Isa};
 
     fn weight(rows: usize, cols: usize, dtype: Dtype) -> (Vec<f32>, Vec<u8>) {
         let values: Vec<f32> =
@@ -171,25 +70,67 @@ mod tests {
         (values, bytes)
     }
 
+    /// All sets of this processor, exact and fast, and the tolerance that rounding to bf16 asks for.
+    fn ways() -> Vec<(Exec, f64)> {
+        let sets = Isa::ALL.into_iter().filter(|isa| isa.available());
+        sets.flat_map(|isa| {
+            [(Accuracy::Exact, 1e-5), (Accuracy::Fast, 1e-2)]
+                .map(|(accuracy, near)| (Exec { isa, accuracy, batch_invariant: false }, near))
+        })
+        .collect()
+    }
+
     #[test]
-    fn both_paths_equal_the_plain_sum() {
+    fn every_set_equals_the_plain_sum() {
         for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
-            for (tokens, rows, cols) in [(1, 5, 3), (3, 100, 33), (4, 97, 17), (50, 200, 64)] {
+            for (tokens, rows, cols) in [
+                (1, 5, 3),
+                (2, 33, 40),
+                (3, 100, 33),
+                (4, 97, 17),
+                (17, 1, 1),
+                (33, 49, 31),
+                (50, 200, 64),
+                (521, 50, 7),
+            ] {
                 let (w, bytes) = weight(rows, cols, dtype);
                 let view = MatView::new(&bytes[1..], dtype, rows, cols).unwrap();
-                let x: Vec<f32> = (0..tokens * cols).map(|i| (i % 13) as f32 / 8.0).collect();
+                let x: Vec<f32> = (0..tokens * cols).map(|i| (i as f32 * 0.7).sin()).collect();
                 let bias: Vec<f32> = (0..rows).map(|i| i as f32).collect();
-                let mut out = vec![f32::NAN; tokens * rows];
-                linear(&x, view, Some(&bias), &mut out).unwrap();
-                for t in 0..tokens {
-                    for r in 0..rows {
-                        let sum: f64 = (0..cols)
-                            .map(|c| x[t * cols + c] as f64 * w[r * cols + c] as f64)
-                            .sum();
-                        let found = out[t * rows + r] as f64;
-                        assert!((found - sum - r as f64).abs() < 1e-3, "{dtype} {t} {r}");
+                for (exec, near) in ways() {
+                    let mut out = vec![f32::NAN; tokens * rows];
+                    linear(&x, view, Some(&bias), &mut out, &exec).unwrap();
+                    for t in 0..tokens {
+                        for r in 0..rows {
+                            let terms = (0..cols)
+                                .map(|c| f64::from(x[t * cols + c]) * f64::from(w[r * cols + c]));
+                            let (sum, size) =
+                                terms.fold((r as f64, r as f64), |(s, a), v| (s + v, a + v.abs()));
+                            let found = f64::from(out[t * rows + r]);
+                            assert!(
+                                (found - sum).abs() <= near * size.max(1e-3),
+                                "{dtype} {exec:?} {tokens} {t} {r}: {found} {sum}"
+                            );
+                        }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_alone_has_the_bits_it_has_among_others() {
+        let (_, bytes) = weight(70, 90, Dtype::BF16);
+        let view = MatView::new(&bytes[1..], Dtype::BF16, 70, 90).unwrap();
+        let x: Vec<f32> = (0..60 * 90).map(|i| (i as f32 * 0.7).sin()).collect();
+        for (exec, _) in ways() {
+            let exec = Exec { batch_invariant: true, ..exec };
+            let mut all = vec![0.0; 60 * 70];
+            linear(&x, view, None, &mut all, &exec).unwrap();
+            for tokens in [1, 3, 20] {
+                let mut some = vec![0.0; tokens * 70];
+                linear(&x[..tokens * 90], view, None, &mut some, &exec).unwrap();
+                assert_eq!(some, all[..tokens * 70], "{exec:?} {tokens}");
             }
         }
     }
@@ -203,7 +144,7 @@ mod tests {
             let run = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut out = vec![0.0; tokens * 500];
-                pool.install(|| linear(&x, view, None, &mut out)).unwrap();
+                pool.install(|| linear(&x, view, None, &mut out, &Exec::default())).unwrap();
                 out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
             };
             assert_eq!(run(1), run(2));
@@ -213,10 +154,10 @@ mod tests {
     #[test]
     fn wrong_sizes_are_refused() {
         let view = MatView::new(&[0; 24], Dtype::F32, 2, 3).unwrap();
-        let mut out = [0.0; 2];
-        assert!(linear(&[0.0; 4], view, None, &mut out).is_err());
-        assert!(linear(&[0.0; 3], view, None, &mut out[..1]).is_err());
-        assert!(linear(&[0.0; 3], view, Some(&[0.0]), &mut out).is_err());
-        assert!(linear(&[], view, None, &mut []).is_ok());
+        let (mut out, exec) = ([0.0; 2], Exec::default());
+        assert!(linear(&[0.0; 4], view, None, &mut out, &exec).is_err());
+        assert!(linear(&[0.0; 3], view, None, &mut out[..1], &exec).is_err());
+        assert!(linear(&[0.0; 3], view, Some(&[0.0]), &mut out, &exec).is_err());
+        assert!(linear(&[], view, None, &mut [], &exec).is_ok());
     }
 }

@@ -2,33 +2,44 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::cast;
-use crate::dense::{Dense, Into, matmul};
+use crate::dense::Into;
 use crate::error::KernelError;
+use crate::exec::{Exec, Isa};
+use crate::product::{Left, padded, product};
+use crate::scratch::Scratch;
+use crate::tasks::{Parts, for_each};
+use crate::vector::{Job, Vector, run};
 use crate::view::MatView;
+use crate::widen::{stored, widen};
 
 /// Tokens and columns of one task, and weight rows widened at a time. Fixed, so that the split (and with it every bit
 /// of the result) does not depend on the number of threads.
 const TOKENS: usize = 256;
-const COLS: usize = 128;
-const ROWS: usize = 256;
+const COLS: usize = 96;
+const ROWS: usize = 128;
+
+/// Below this many tokens, weight rows are read one after another from the first to the last.
+const BLOCKS_FROM: usize = 4;
+/// Then rows of one task, and tasks at most: each has a sum of its own.
+const STREAM_ROWS: usize = 96;
+const STREAMS: usize = 16;
 
 /// Multiply-adds below which handing work to other threads costs more than it gains.
-const ALONE_BELOW: usize = 1 << 18;
+const ALONE_BELOW: usize = 1 << 20;
 
 /// Gradient of [`crate::linear()`] with respect to its input: `dx[t, c] = sum_r dy[t, r] * w[r, c]`.
 ///
 /// * `dy`: `[tokens, w.rows()]`; `dx`: `[tokens, w.cols()]`, overwritten or added to
-/// * f32 sums; the weight is read as stored and widened block by block
-/// * the same bits for any number of threads
+/// * f32 activations and sums, whatever the accuracy of `exec`; the weight is read as stored and widened block by block
+/// * the same bits for any number of threads; with `exec.batch_invariant` also for any number of tokens
 ///
 /// # Errors
 /// [`KernelError::Length`] if the slices do not fit the weight.
 pub fn linear_backward(
     dy: &[f32],
     w: MatView<'_>,
+    exec: &Exec,
     dx: &mut [f32],
     into: Into,
 ) -> Result<(), KernelError> {
@@ -39,50 +50,123 @@ pub fn linear_backward(
     if dx.is_empty() {
         return Ok(());
     }
-    let across = k.div_ceil(COLS);
-    let tile = |index: usize| {
-        let (t, c) = (index / across * TOKENS, index % across * COLS);
-        (t..tokens.min(t + TOKENS), c..k.min(c + COLS))
-    };
-    let task = |index: usize| {
-        let (tokens, cols) = tile(index);
-        product(&dy[tokens.start * m..tokens.end * m], w, cols)
-    };
-    let tiles = tokens.div_ceil(TOKENS) * across;
-    let products: Vec<Vec<f32>> = if tokens * m * k < ALONE_BELOW {
-        (0..tiles).map(task).collect::<Result<_, _>>()?
-    } else {
-        (0..tiles).into_par_iter().map(task).collect::<Result<_, _>>()?
-    };
-    for (index, product) in products.iter().enumerate() {
-        let (tokens, cols) = tile(index);
-        for (token, row) in tokens.zip(product.chunks_exact(cols.len())) {
-            let out = &mut dx[token * k + cols.start..token * k + cols.end];
-            match into {
-                Into::Overwrite => out.copy_from_slice(row),
-                Into::Add => out.iter_mut().zip(row).for_each(|(o, v)| *o += v),
-            }
-        }
+    let shared = tokens * m * k >= ALONE_BELOW;
+    if tokens < BLOCKS_FROM && !exec.batch_invariant {
+        stream(dy, tokens, w, exec, shared, dx, into);
+        return Ok(());
     }
+    let across = k.div_ceil(COLS);
+    let out = Parts::new(dx);
+    for_each(tokens.div_ceil(TOKENS) * across, shared, |index| {
+        let (t, c) = (index / across * TOKENS, index % across * COLS);
+        let (rows, cols) = (t..tokens.min(t + TOKENS), c..k.min(c + COLS));
+        let mut sums = Scratch::new(rows.len() * cols.len());
+        block(&dy[t * m..rows.end * m], w, cols.clone(), exec.isa, &mut sums);
+        for (row, sums) in rows.zip(sums.chunks_exact(cols.len())) {
+            // SAFETY: no other task has these columns of this row.
+            put(sums, unsafe { out.range(row * k + c, sums.len()) }, into);
+        }
+    });
     Ok(())
 }
 
-/// `dy w[:, cols]`, `[tokens, cols.len()]`, summed over blocks of weight rows from the first to the last.
-fn product(dy: &[f32], w: MatView<'_>, cols: Range<usize>) -> Result<Vec<f32>, KernelError> {
-    let (m, size) = (w.rows(), w.dtype().size());
-    let tokens = dy.len().checked_div(m).unwrap_or(0);
-    let mut out = vec![0.0; tokens * cols.len()];
-    let mut wide = vec![0.0; m.min(ROWS) * cols.len()];
+fn put(sums: &[f32], out: &mut [f32], into: Into) {
+    match into {
+        Into::Overwrite => out.copy_from_slice(sums),
+        Into::Add => out.iter_mut().zip(sums).for_each(|(o, v)| *o += v),
+    }
+}
+
+/// `out = dy w[:, cols]`, summed over blocks of weight rows from the first to the last.
+fn block(dy: &[f32], w: MatView<'_>, cols: Range<usize>, isa: Isa, out: &mut [f32]) {
+    let m = w.rows();
+    let tokens = out.len() / cols.len();
+    if m == 0 {
+        return out.fill(0.0);
+    }
+    let width = padded(cols.len());
+    let mut wide = Scratch::new(ROWS.min(m) * width);
     for from in (0..m).step_by(ROWS) {
         let rows = from..m.min(from + ROWS);
-        let wide = &mut wide[..rows.len() * cols.len()];
-        for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(cols.len())) {
-            cast::widen(&w.row(row)[cols.start * size..cols.end * size], w.dtype(), wide);
-        }
-        let dy = Dense::new(dy, tokens, m)?.columns(rows.clone());
-        matmul(dy, Dense::new(wide, rows.len(), cols.len())?, &mut out, Into::Add)?;
+        widen(isa, w, rows.clone(), cols.clone(), &mut wide, width);
+        let into = if from == 0 { Into::Overwrite } else { Into::Add };
+        let sizes = (tokens, rows.len(), cols.len());
+        product(isa, sizes, Left::rows(&dy[from..], m), (&wide, width), (out, cols.len()), into);
     }
-    Ok(out)
+}
+
+/// The same for few tokens: every weight row once, from the first to the last, times each token's number for it.
+fn stream(
+    dy: &[f32],
+    tokens: usize,
+    w: MatView<'_>,
+    exec: &Exec,
+    shared: bool,
+    dx: &mut [f32],
+    into: Into,
+) {
+    let (m, len) = (w.rows(), dx.len());
+    let rows = m.div_ceil(STREAMS).max(STREAM_ROWS);
+    let streams = m.div_ceil(rows).max(1);
+    let mut sums = Scratch::zeroed(streams * len); // [streams, tokens, w.cols()]
+    let parts = Parts::new(&mut sums);
+    for_each(streams, shared, |index| {
+        let (from, to) = (index * rows, m.min((index + 1) * rows));
+        // SAFETY: the sums of this task.
+        let sums = unsafe { parts.range(index * len, len) };
+        run(
+            exec.isa,
+            Stream { dy: &dy[from..], stride: m, tokens, w: w.slice_rows(from, to), sums },
+        );
+    });
+    let (first, rest) = sums.split_at_mut(len);
+    for more in rest.chunks_exact(len) {
+        put(more, first, Into::Add);
+    }
+    put(first, dx, into);
+}
+
+struct Stream<'a> {
+    /// Numbers of one token are `stride` apart.
+    dy: &'a [f32],
+    stride: usize,
+    tokens: usize,
+    w: MatView<'a>,
+    /// `[tokens, w.cols()]`, added to.
+    sums: &'a mut [f32],
+}
+
+impl Job for Stream<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Vector>(self) {
+        let Stream { dy, stride, tokens, w, sums } = self;
+        let (cols, size) = (w.cols(), w.dtype().size());
+        let whole = cols / S::N * S::N;
+        let mut tail = [0.0; 16];
+        let tail = &mut tail[..cols - whole];
+        for row in 0..w.rows() {
+            let bytes = w.row(row);
+            for c in (0..whole).step_by(S::N) {
+                // SAFETY: `N` columns from `c` on are in the row and in every token's sums; the processor has the set.
+                unsafe {
+                    let weights = stored::<S>(bytes.as_ptr().add(c * size), w.dtype());
+                    for token in 0..tokens {
+                        let at = sums[token * cols + c..].as_mut_ptr();
+                        let d = S::splat(dy[token * stride + row]);
+                        S::store(at, S::fma(d, weights, S::load(at)));
+                    }
+                }
+            }
+            cast::widen(&bytes[whole * size..], w.dtype(), tail);
+            for token in 0..tokens {
+                let d = dy[token * stride + row];
+                let sums = &mut sums[token * cols + whole..(token + 1) * cols];
+                sums.iter_mut().zip(&*tail).for_each(|(sum, w)| *sum += d * w);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -96,23 +180,28 @@ mod tests {
 
     #[test]
     fn equals_the_transposed_sum() {
-        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
-            for (tokens, rows, cols) in [(1, 1, 1), (3, 5, 130), (300, 17, 9), (4, 600, 140)] {
+        let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
+        let dtypes = [Dtype::F32, Dtype::BF16, Dtype::F16];
+        for (isa, dtype) in isas.flat_map(|isa| dtypes.map(|dtype| (isa, dtype))) {
+            let exec = Exec::on(isa).unwrap();
+            for (tokens, rows, cols) in
+                [(1, 1, 1), (2, 250, 37), (3, 5, 130), (300, 17, 9), (4, 600, 140), (13, 0, 5)]
+            {
                 let (w, dy) = (numbers(rows * cols, 1), numbers(tokens * rows, 2));
                 // At an odd offset, as tensors may lie in a file; the values are exact in every dtype.
                 let mut bytes = vec![0; w.len() * dtype.size() + 1];
                 cast::narrow(&w, dtype, &mut bytes[1..]);
                 let view = MatView::new(&bytes[1..], dtype, rows, cols).unwrap();
                 let mut dx = vec![1.0; tokens * cols];
-                linear_backward(&dy, view, &mut dx, Into::Overwrite).unwrap();
+                linear_backward(&dy, view, &exec, &mut dx, Into::Overwrite).unwrap();
                 let mut twice = dx.clone();
-                linear_backward(&dy, view, &mut twice, Into::Add).unwrap();
+                linear_backward(&dy, view, &exec, &mut twice, Into::Add).unwrap();
                 for (i, (once, twice)) in dx.iter().zip(twice).enumerate() {
                     let (t, c) = (i / cols, i % cols);
                     let sum: f64 = (0..rows)
                         .map(|r| f64::from(dy[t * rows + r]) * f64::from(w[r * cols + c]))
                         .sum();
-                    assert!((f64::from(*once) - sum).abs() < 1e-3, "{dtype} {t} {c}");
+                    assert!((f64::from(*once) - sum).abs() < 1e-3, "{isa:?} {dtype} {t} {c}");
                     assert_eq!(twice, 2.0 * once);
                 }
             }
@@ -122,23 +211,32 @@ mod tests {
     #[test]
     fn threads_do_not_change_a_bit() {
         let (w, dy) = (numbers(500 * 300, 3), numbers(600 * 500, 4));
+        let invariant = Exec { batch_invariant: true, ..Exec::default() };
         let mut bytes = vec![0; w.len() * 2];
         cast::narrow(&w, Dtype::BF16, &mut bytes);
         let view = MatView::new(&bytes, Dtype::BF16, 500, 300).unwrap();
-        let run = |threads| {
+        let run = |threads, tokens: usize, exec: &Exec| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let mut dx = vec![0.0; 600 * 300];
-            pool.install(|| linear_backward(&dy, view, &mut dx, Into::Overwrite)).unwrap();
+            let (dy, mut dx) = (&dy[..tokens * 500], vec![0.0; tokens * 300]);
+            pool.install(|| linear_backward(dy, view, exec, &mut dx, Into::Overwrite)).unwrap();
             dx.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
-        assert_eq!(run(1), run(3));
+        for tokens in [3, 600] {
+            let one = run(1, tokens, &Exec::default());
+            assert_eq!(one, run(2, tokens, &Exec::default()));
+            assert_eq!(one, run(3, tokens, &Exec::default()));
+        }
+        assert_eq!(run(1, 3, &invariant), run(1, 600, &invariant)[..900]);
     }
 
     #[test]
     fn wrong_sizes_are_refused() {
         let view = MatView::new(&[0; 24], Dtype::F32, 2, 3).unwrap();
-        assert!(linear_backward(&[0.0; 3], view, &mut [0.0; 3], Into::Add).is_err());
-        assert!(linear_backward(&[0.0; 2], view, &mut [0.0; 2], Into::Add).is_err());
-        assert!(linear_backward(&[], view, &mut [], Into::Add).is_ok());
+        let run = |dy: &[f32], dx: &mut [f32]| {
+            linear_backward(dy, view, &Exec::default(), dx, Into::Add).is_ok()
+        };
+        assert!(!run(&[0.0; 3], &mut [0.0; 3]));
+        assert!(!run(&[0.0; 2], &mut [0.0; 2]));
+        assert!(run(&[], &mut []));
     }
 }

@@ -1,0 +1,348 @@
+//! Sparse dispatch of few tokens.
+
+use std::cell::Cell;
+
+use super::{FEW, Form, PAD, Prepared, SHARED_FROM, TASK, multiply, multiply_vectors, set};
+use crate::activation::Activation;
+use crate::dispatch::ExpertView;
+use crate::error::KernelError;
+use crate::exec::Exec;
+use crate::routing::Routing;
+use crate::scratch::Scratch;
+use crate::tasks::{self, Parts};
+
+/// Pairs of token and slot that chose the same expert, whose weights are read once for all of them.
+#[derive(Clone, Copy, Default)]
+struct Group {
+    expert: usize,
+    /// The first `count` are used: `token * top_k + slot`.
+    pairs: [usize; FEW],
+    tokens: [usize; FEW],
+    count: usize,
+}
+
+thread_local! {
+    /// Memory of the last list of groups.
+    static KEPT: Cell<Vec<Group>> = const { Cell::new(Vec::new()) };
+}
+
+/// The routed experts of one layer for few tokens.
+///
+/// `out[t] = sum_slot weight[t, slot] * down_e(f(gate_e(x[t])) * up_e(x[t]))`, `e = ids[t, slot]`, added in slot order.
+///
+/// * `x`, `out`: `[tokens, hidden]`, 1 to [`FEW`] tokens
+/// * each weight of an expert is read once; the same bits for any number of threads
+///
+/// # Errors
+/// [`KernelError::Length`] or [`KernelError::TopK`] if routing, experts and slices do not fit each other.
+pub(crate) fn moe_few(
+    x: &[f32],
+    routing: &Routing,
+    experts: &[ExpertView<'_>],
+    activation: Activation,
+    out: &mut [f32],
+    exec: &Exec,
+) -> Result<(), KernelError> {
+    let mut groups = KEPT.take();
+    let result = group(routing, experts.len(), &mut groups).and_then(|()| {
+        let hidden = experts.first().map_or(0, |e| e.gate.cols());
+        check(x, routing, experts, &groups, hidden, out)?;
+        let layer = Layer { routing, experts, groups: &groups, hidden, exec };
+        let h = layer.gate_and_up(x, activation);
+        layer.down_and_combine(&h, out);
+        Ok(())
+    });
+    KEPT.set(groups);
+    result
+}
+
+/// Pairs by expert, in the order in which experts first appear.
+fn group(routing: &Routing, experts: usize, groups: &mut Vec<Group>) -> Result<(), KernelError> {
+    let (tokens, k) = (routing.tokens, routing.top_k);
+    KernelError::check("tokens of one product", tokens.clamp(1, FEW), tokens)?;
+    KernelError::check("routing ids", tokens * k, routing.ids.len())?;
+    KernelError::check("routing weights", tokens * k, routing.weights.len())?;
+    groups.clear();
+    for (pair, &id) in routing.ids.iter().enumerate() {
+        let expert = id as usize;
+        if expert >= experts {
+            return Err(KernelError::TopK { top_k: expert + 1, experts });
+        }
+        let open = groups.iter().position(|g| g.expert == expert && g.count < FEW);
+        let at = open.unwrap_or_else(|| {
+            groups.push(Group { expert, ..Group::default() });
+            groups.len() - 1
+        });
+        let group = &mut groups[at];
+        group.pairs[group.count] = pair;
+        group.tokens[group.count] = pair / k;
+        group.count += 1;
+    }
+    Ok(())
+}
+
+fn check(
+    x: &[f32],
+    routing: &Routing,
+    experts: &[ExpertView<'_>],
+    groups: &[Group],
+    hidden: usize,
+    out: &[f32],
+) -> Result<(), KernelError> {
+    KernelError::check("expert input", routing.tokens * hidden, x.len())?;
+    KernelError::check("expert output", routing.tokens * hidden, out.len())?;
+    for group in groups {
+        let ExpertView { gate, up, down } = &experts[group.expert];
+        KernelError::check("columns of an expert's gate", hidden, gate.cols())?;
+        KernelError::check("columns of an expert's up", hidden, up.cols())?;
+        KernelError::check("rows of an expert's up", gate.rows(), up.rows())?;
+        KernelError::check("columns of an expert's down", gate.rows(), down.cols())?;
+        KernelError::check("rows of an expert's down", hidden, down.rows())?;
+    }
+    Ok(())
+}
+
+/// One call, checked.
+struct Layer<'a> {
+    routing: &'a Routing,
+    experts: &'a [ExpertView<'a>],
+    groups: &'a [Group],
+    hidden: usize,
+    exec: &'a Exec,
+}
+
+/// `[pairs, stride]`.
+struct Inner {
+    numbers: Scratch,
+    stride: usize,
+}
+
+impl Layer<'_> {
+    fn chosen(&self) -> impl Iterator<Item = &ExpertView<'_>> {
+        self.groups.iter().map(|g| &self.experts[g.expert])
+    }
+
+    /// `h = f(gate(x)) * up(x)` of every pair, in the form that its expert's down product reads.
+    fn gate_and_up(&self, x: &[f32], activation: Activation) -> Inner {
+        let pairs = self.routing.ids.len();
+        let widest = self.chosen().map(|e| e.gate.rows()).max().unwrap_or(0);
+        let stride = widest.next_multiple_of(PAD);
+        let prepared = [Form::Plain, Form::Split].map(|form| {
+            let wanted = |e: &ExpertView<'_>| {
+                Form::of(e.gate.dtype()) == form || Form::of(e.up.dtype()) == form
+            };
+            self.chosen()
+                .any(wanted)
+                .then(|| Prepared::in_form(x, self.routing.tokens, self.hidden, form, self.exec))
+        });
+        let bytes = |e: &ExpertView<'_>| e.gate.bytes().len() + e.up.bytes().len();
+        let row = self.chosen().map(|e| bytes(e) / e.gate.rows().max(1)).max().unwrap_or(0);
+        let block = (TASK / row.max(1)).clamp(1, widest.max(1));
+        let blocks = widest.div_ceil(block);
+        let mut plain = Scratch::new(pairs * stride);
+        let h = Parts::new(&mut plain);
+        let share = self.chosen().map(bytes).sum::<usize>() >= SHARED_FROM;
+        tasks::for_each(self.groups.len() * blocks, share, |task| {
+            let group = &self.groups[task / blocks];
+            let expert = &self.experts[group.expert];
+            let (from, to) = (task % blocks * block, expert.gate.rows());
+            let to = to.min(from + block);
+            if from >= to {
+                return;
+            }
+            let count = group.count;
+            let mut sums = Scratch::new(2 * (to - from) * count);
+            let (gate, up) = sums.split_at_mut((to - from) * count);
+            for (w, sums) in [(expert.gate, &mut *gate), (expert.up, &mut *up)] {
+                let x = prepared.iter().flatten().find(|x| x.form == Form::of(w.dtype()));
+                let x = x.expect("prepared above for every chosen expert");
+                multiply(w.slice_rows(from, to), x, &group.tokens[..count], sums);
+            }
+            activation.gate(gate, up);
+            for (i, pair) in group.pairs[..count].iter().enumerate() {
+                // SAFETY: no other task has these rows of this pair.
+                let h = unsafe { h.range(pair * stride + from, to - from) };
+                h.iter_mut().zip(gate.iter().skip(i).step_by(count)).for_each(|(h, v)| *h = *v);
+            }
+        });
+        let mut numbers = Scratch::new(pairs * stride);
+        for group in self.groups {
+            let down = &self.experts[group.expert].down;
+            for pair in &group.pairs[..group.count] {
+                let (from, to) = (&plain[pair * stride..], &mut numbers[pair * stride..]);
+                let form = Form::of(down.dtype());
+                form.put(set(self.exec), &from[..down.cols()], &mut to[..stride]);
+            }
+        }
+        Inner { numbers, stride }
+    }
+
+    /// `out[t] = sum_slot weight[t, slot] * down(h[t, slot])`.
+    fn down_and_combine(&self, h: &Inner, out: &mut [f32]) {
+        let (tokens, k, hidden) = (self.routing.tokens, self.routing.top_k, self.hidden);
+        let bytes: usize = self.chosen().map(|e| e.down.bytes().len()).sum();
+        let block = (TASK / (bytes / hidden.max(1)).max(1)).clamp(1, hidden.max(1));
+        let out = Parts::new(out);
+        tasks::for_each(hidden.div_ceil(block), bytes >= SHARED_FROM, |task| {
+            let (from, to) = (task * block, hidden.min((task + 1) * block));
+            let rows = to - from;
+            let mut y = Scratch::new(tokens * k * rows); // [pairs, rows]
+            let mut sums = Scratch::new(rows * FEW);
+            for group in self.groups {
+                let down = self.experts[group.expert].down.slice_rows(from, to);
+                let pairs = &group.pairs[..group.count];
+                let mut vectors: [&[f32]; FEW] = [&[]; FEW];
+                for (vector, pair) in vectors.iter_mut().zip(pairs) {
+                    *vector = &h.numbers[pair * h.stride..(pair + 1) * h.stride];
+                }
+                let sums = &mut sums[..rows * pairs.len()];
+                multiply_vectors(down, vectors, pairs.len(), sums, set(self.exec));
+                for (i, pair) in pairs.iter().enumerate() {
+                    let y = &mut y[pair * rows..(pair + 1) * rows];
+                    let sums = sums.iter().skip(i).step_by(pairs.len());
+                    y.iter_mut().zip(sums).for_each(|(y, v)| *y = *v);
+                }
+            }
+            for token in 0..tokens {
+                // SAFETY: no other task has these columns.
+                let out = unsafe { out.range(token * hidden + from, rows) };
+                out.fill(0.0);
+                for pair in token * k..(token + 1) * k {
+                    let (weight, y) = (self.routing.weights[pair], &y[pair * rows..][..rows]);
+                    out.iter_mut().zip(y).for_each(|(o, v)| *o += weight * v);
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{numbers, sets, stored};
+    use super::*;
+    use crate::cast::Dtype;
+    use crate::view::MatView;
+
+    /// Bytes and values of gate, up and down.
+    type Stored = [(Vec<u8>, Vec<f32>); 3];
+
+    fn experts(count: usize, hidden: usize, inter: usize, dtypes: [Dtype; 3]) -> Vec<Stored> {
+        let one = |e: usize| [0, 1, 2].map(|m| stored(hidden * inter, dtypes[m], 3 * e + m));
+        (0..count).map(one).collect()
+    }
+
+    fn views(
+        experts: &[Stored],
+        hidden: usize,
+        inter: usize,
+        dtypes: [Dtype; 3],
+    ) -> Vec<ExpertView<'_>> {
+        experts
+            .iter()
+            .map(|[gate, up, down]| ExpertView {
+                gate: MatView::new(&gate.0[1..], dtypes[0], inter, hidden).unwrap(),
+                up: MatView::new(&up.0[1..], dtypes[1], inter, hidden).unwrap(),
+                down: MatView::new(&down.0[1..], dtypes[2], hidden, inter).unwrap(),
+            })
+            .collect()
+    }
+
+    /// The formula in f64.
+    fn plain(x: &[f32], routing: &Routing, experts: &[Stored], hidden: usize) -> Vec<f64> {
+        let inter = experts[0][0].1.len() / hidden;
+        let product = |w: &[f32], x: &[f64]| -> Vec<f64> {
+            w.chunks_exact(x.len())
+                .map(|row| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum())
+                .collect()
+        };
+        let mut out = vec![0.0; x.len()];
+        for (pair, &id) in routing.ids.iter().enumerate() {
+            let token = pair / routing.top_k;
+            let x: Vec<f64> =
+                x[token * hidden..(token + 1) * hidden].iter().map(|v| f64::from(*v)).collect();
+            let [gate, up, down] = &experts[id as usize];
+            let (g, u) = (product(&gate.1, &x), product(&up.1, &x));
+            let h: Vec<f64> = (0..inter).map(|i| g[i] / (1.0 + (-g[i]).exp()) * u[i]).collect();
+            for (o, y) in out[token * hidden..].iter_mut().zip(product(&down.1, &h)) {
+                *o += f64::from(routing.weights[pair]) * y;
+            }
+        }
+        out
+    }
+
+    fn routing(tokens: usize, top_k: usize, experts: usize, seed: usize) -> Routing {
+        let ids = (0..tokens * top_k).map(|i| {
+            let (token, slot) = (i / top_k, i % top_k);
+            ((token * seed + slot) % experts) as u32
+        });
+        let weights = (0..tokens * top_k).map(|i| 0.2 + 0.1 * (i % 5) as f32).collect();
+        Routing { tokens, top_k, ids: ids.collect(), weights }
+    }
+
+    #[test]
+    fn equals_the_formula() {
+        use Dtype::*;
+        let sizes = [(1, 1, 1, 3, 5), (1, 2, 4, 33, 70), (2, 2, 4, 64, 31), (3, 4, 5, 17, 40)];
+        for dtypes in [[BF16; 3], [F32; 3], [F16, F16, F16], [BF16, F32, F16]] {
+            for (tokens, k, count, hidden, inter) in sizes {
+                for seed in 0..3 {
+                    let routing = routing(tokens, k, count, seed);
+                    let weights = experts(count, hidden, inter, dtypes);
+                    let views = views(&weights, hidden, inter, dtypes);
+                    let x = numbers(tokens * hidden, 9);
+                    let expected = plain(&x, &routing, &weights, hidden);
+                    for exec in sets() {
+                        let mut out = vec![f32::NAN; x.len()];
+                        let silu = Activation::Silu;
+                        moe_few(&x, &routing, &views, silu, &mut out, &exec).unwrap();
+                        for (o, e) in out.iter().zip(&expected) {
+                            let error = (f64::from(*o) - e).abs() / (1.0 + e.abs());
+                            assert!(error < 2e-5, "{exec:?} {dtypes:?} {hidden}: {o} {e}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let (hidden, inter, dtypes) = (200, 1700, [Dtype::BF16; 3]);
+        let weights = experts(4, hidden, inter, dtypes);
+        let views = views(&weights, hidden, inter, dtypes);
+        let x = numbers(FEW * hidden, 9);
+        let three = routing(FEW, 4, 4, 1);
+        let exec = Exec::default();
+        let run = |threads, x: &[f32], routing: &Routing| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut out = vec![0.0; x.len()];
+            let silu = Activation::Silu;
+            pool.install(|| moe_few(x, routing, &views, silu, &mut out, &exec)).unwrap();
+            out
+        };
+        let alone = run(1, &x, &three);
+        assert_eq!(alone, run(2, &x, &three));
+        assert_eq!(alone, run(3, &x, &three));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let dtypes = [Dtype::F32; 3];
+        let weights = experts(2, 4, 6, dtypes);
+        let views = views(&weights, 4, 6, dtypes);
+        let (x, mut out) = (numbers(4 * (FEW + 1), 1), vec![0.0; 4 * (FEW + 1)]);
+        let exec = Exec::default();
+        let mut run = |x: &[f32], routing: &Routing, experts: &[ExpertView<'_>]| {
+            let out = &mut out[..x.len()];
+            moe_few(x, routing, experts, Activation::Silu, out, &exec)
+        };
+        assert!(run(&x[..4], &routing(1, 2, 2, 0), &views).is_ok());
+        assert!(run(&x[..3], &routing(1, 2, 2, 0), &views).is_err());
+        assert!(run(&x, &routing(FEW + 1, 2, 2, 0), &views).is_err());
+        assert!(run(&x[..4], &routing(1, 2, 2, 0), &views[..1]).is_err());
+        let short = Routing { weights: vec![1.0], ..routing(1, 2, 2, 0) };
+        assert!(run(&x[..4], &short, &views).is_err());
+        let crossed = ExpertView { up: views[0].down, ..views[0] };
+        assert!(run(&x[..4], &routing(1, 1, 1, 0), &[crossed]).is_err());
+    }
+}
