@@ -102,6 +102,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Compute the routers of a MoE anew: a new generation of its folder, the old one is kept
     Calibrate(CalibrateArgs),
+    /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
+    Export(ExportArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -129,6 +131,42 @@ pub struct LogitsArgs {
     /// File to write: `logits [tokens, vocab]` and `hidden_i [tokens, hidden]`, f32
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,
+}
+
+/// How the matrices of a GGUF file are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GgufDtype {
+    /// 32 bits
+    F32,
+    /// 16 bits, IEEE
+    F16,
+    /// 16 bits with the range of 32
+    Bf16,
+    /// 8.5 bits: blocks of 32 numbers with a scale
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub gguf: PathBuf,
+    /// How matrices are stored (as they are in the model by default); vectors, norms and routers always in f32
+    #[arg(long, value_enum)]
+    pub dtype: Option<GgufDtype>,
+    /// Replace the file if it exists
+    #[arg(long)]
+    pub force: bool,
+    /// llama.cpp's name for the way in which the tokenizer cuts words, where it is not found out
+    #[arg(long, value_name = "NAME")]
+    pub pre: Option<String>,
+    /// Leave the tokenizer out: programs can then give and take token ids only
+    #[arg(long, conflicts_with = "pre")]
+    pub no_tokenizer: bool,
 }
 
 /// How activations enter products with 16-bit weights.

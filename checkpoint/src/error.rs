@@ -114,6 +114,12 @@ pub enum CheckpointError {
         /// What is there.
         path: PathBuf,
     },
+    /// Replacing the output would delete something that is no GGUF file.
+    #[error("refusing to replace what is no GGUF file")]
+    NotAGguf {
+        /// What is there.
+        path: PathBuf,
+    },
     /// Another process is changing the model.
     #[error("another process is changing this model")]
     Busy {
@@ -155,9 +161,10 @@ impl Explain for CheckpointError {
     fn kind(&self) -> Kind {
         match self {
             Self::NoRoom { .. } => Kind::NoRoom,
-            Self::OutputExists { .. } | Self::NotAModel { .. } | Self::BadReference { .. } => {
-                Kind::Usage
-            }
+            Self::OutputExists { .. }
+            | Self::NotAModel { .. }
+            | Self::NotAGguf { .. }
+            | Self::BadReference { .. } => Kind::Usage,
             Self::Interrupted => Kind::Interrupted,
             _ => Kind::Input,
         }
@@ -182,6 +189,11 @@ impl Explain for CheckpointError {
                     "nothing, an empty folder, or a model folder with `config.json`".into(),
                 ),
                 ("found", if path.is_dir() { "another folder" } else { "a file" }.into()),
+            ],
+            Self::NotAGguf { path } => vec![
+                ("path", show(path)),
+                ("expected", "nothing, or a GGUF file".into()),
+                ("found", if path.is_dir() { "a folder" } else { "another file" }.into()),
             ],
             Self::BadReference { text, .. } => {
                 vec![("expected", SOURCE_FORMS.into()), ("found", format!("`{text}`"))]
@@ -234,13 +246,16 @@ impl Explain for CheckpointError {
                     "your user may not do that there; change the permissions or choose another place".into(),
                 ),
                 std::io::ErrorKind::ReadOnlyFilesystem => {
-                    Some("choose a place on another file system, for the output with `--out`".into())
+                    Some("choose a place on another file system for the output (`--out`, `--gguf`)".into())
                 }
                 _ => None,
             },
             Self::NotFinite { .. } => Some(
                 "the checkpoint is damaged or diverged in training; take an earlier one".into(),
             ),
+            Self::NoRoom { path, .. } if path.extension().is_some_and(|e| e == "gguf") => {
+                Some("free some space, or choose another place with `--gguf`".into())
+            }
             Self::NoRoom { .. } => {
                 Some("free some space, or choose another folder with `--out`".into())
             }
@@ -250,6 +265,10 @@ impl Explain for CheckpointError {
             }
             Self::NotAModel { .. } => {
                 Some("remove it by hand, or choose another folder with `--out`".into())
+            }
+            Self::NotAGguf { .. } => Some("remove it by hand, or choose another file".into()),
+            Self::OutputExists { path } if path.extension().is_some_and(|e| e == "gguf") => {
+                Some("`--force` replaces it, `--gguf FILE` writes elsewhere".into())
             }
             Self::OutputExists { .. } => {
                 Some("`--force` replaces it, `--out DIR` writes elsewhere".into())

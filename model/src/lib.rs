@@ -21,6 +21,7 @@ mod error;
 pub mod families;
 mod first_token;
 pub mod generate;
+pub mod gguf;
 mod lanes;
 mod layer;
 #[cfg(test)]

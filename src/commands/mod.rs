@@ -4,6 +4,7 @@ mod build;
 mod calibrate;
 mod completions;
 mod evaluate;
+mod export;
 mod generate;
 mod inspect;
 mod logits;
@@ -35,6 +36,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Route(args) => route::run(args, common),
         Command::Calibrate(args) => calibrate::run(args, common),
         Command::Evaluate(args) => evaluate::run(args, common),
+        Command::Export(args) => export::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }

@@ -1,8 +1,11 @@
 #!/bin/sh
-# Makes the two Python environments that `cargo test --test load_transformers` asks for, about 2 GB:
+# Makes the Python environments that `cargo test --test load_transformers` and `--test load_llama_cpp` ask for, about 2 GB:
 #
 #     tests/python/setup.sh ~/moe-merge-python
 #     export MOE_MERGE_PYTHON=~/moe-merge-python/v5/bin/python MOE_MERGE_PYTHON_4=~/moe-merge-python/v4/bin/python
+#     export MOE_MERGE_LLAMA_CPP=~/moe-merge-python/llama/bin/python
+#
+# llama-cpp-python is built from source: that takes a C++ compiler and some minutes.
 set -eu
 root=${1:?usage: setup.sh FOLDER}
 for version in 5 4.57; do
@@ -10,3 +13,5 @@ for version in 5 4.57; do
     python3 -m venv "$folder"
     "$folder/bin/pip" install --quiet torch "transformers==$version.*" safetensors numpy jinja2
 done
+python3 -m venv "$root/llama"
+"$root/llama/bin/pip" install --quiet llama-cpp-python numpy

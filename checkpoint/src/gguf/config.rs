@@ -12,9 +12,10 @@ use serde_json::{Map, Value as Json, json};
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
 use crate::gguf::header::Header;
+use crate::gguf::key;
 use crate::gguf::kinds::TensorKind;
-use crate::gguf::names::Architecture;
 use crate::gguf::rope;
+use crate::gguf::table::Architecture;
 use crate::gguf::value::Value;
 use crate::map::MappedFile;
 use crate::weight::WeightRef;
@@ -33,9 +34,8 @@ impl<'h> Meta<'h> {
         header: &'h Header<'h>,
         file: &'h MappedFile,
     ) -> Result<Self, CheckpointError> {
-        let Some(Value::Text(prefix)) = header.get("general.architecture") else {
-            let found =
-                header.get("general.architecture").map_or("nothing".into(), Value::describe);
+        let Some(Value::Text(prefix)) = header.get(key::ARCHITECTURE) else {
+            let found = header.get(key::ARCHITECTURE).map_or("nothing".into(), Value::describe);
             return Err(malformed(file, "general.architecture", "a text", found));
         };
         match Architecture::from_name(prefix) {
@@ -79,12 +79,12 @@ impl<'h> Meta<'h> {
     }
 
     pub(super) fn heads(&self) -> Result<usize, CheckpointError> {
-        self.required("attention.head_count")
+        self.required(key::HEADS)
     }
 
     pub(super) fn kv_heads(&self) -> Result<usize, CheckpointError> {
-        match self.get("attention.head_count_kv") {
-            Some(_) => self.required("attention.head_count_kv"),
+        match self.get(key::KV_HEADS) {
+            Some(_) => self.required(key::KV_HEADS),
             None => self.heads(),
         }
     }
@@ -101,6 +101,17 @@ impl<'h> Meta<'h> {
     pub(super) fn flag(&self, key: &str) -> Option<bool> {
         match self.get(key)? {
             Value::Bool(v) => Some(*v),
+            _ => None,
+        }
+    }
+
+    /// A list of truth values, one for each layer.
+    pub(super) fn flags(&self, key: &str) -> Option<Vec<bool>> {
+        match self.get(key)? {
+            Value::List(list) => {
+                let flags: Vec<bool> = list.numbers()?.map(|n| n != 0.0).collect();
+                (Some(flags.len()) == self.optional(key::BLOCK_COUNT)).then_some(flags)
+            }
             _ => None,
         }
     }
@@ -129,13 +140,14 @@ impl<'h> Meta<'h> {
     /// Size of one attention head.
     pub(super) fn head_dim(&self) -> Result<usize, CheckpointError> {
         let heads = self.heads()?;
+        use Architecture::*;
         let rotary = || match self.architecture {
-            Architecture::Llama => self.optional("rope.dimension_count"),
+            Llama | Deepseek | Ernie4_5Moe | GraniteMoe => self.optional(key::ROPE_DIM),
             _ => None,
         };
-        match self.optional("attention.key_length").or_else(rotary) {
+        match self.optional(key::KEY_LENGTH).or_else(rotary) {
             Some(dim) => Ok(dim),
-            None => Ok(self.required("embedding_length")? / heads),
+            None => Ok(self.required(key::EMBEDDING_LENGTH)? / heads),
         }
     }
 }
@@ -172,9 +184,9 @@ pub(super) fn config_json(
     set("architectures", json!([class]));
     set("model_type", json!(model_type));
     set("vocab_size", json!(vocab_size(&meta, tensors)?));
-    set("hidden_size", json!(meta.required("embedding_length")?));
+    set("hidden_size", json!(meta.required(key::EMBEDDING_LENGTH)?));
     set("intermediate_size", json!(intermediate_size(&meta)?));
-    set("num_hidden_layers", json!(meta.required("block_count")?));
+    set("num_hidden_layers", json!(meta.required(key::BLOCK_COUNT)?));
     set("num_attention_heads", json!(meta.heads()?));
     set("num_key_value_heads", json!(meta.kv_heads()?));
     let gelu = "gelu_pytorch_tanh";
@@ -185,13 +197,13 @@ pub(super) fn config_json(
         }
         false => set("hidden_act", json!("silu")),
     }
-    set("max_position_embeddings", json!(meta.required("context_length")?));
-    let Some(eps) = meta.number("attention.layer_norm_rms_epsilon") else {
+    set("max_position_embeddings", json!(meta.required(key::CONTEXT_LENGTH)?));
+    let Some(eps) = meta.number(key::RMS_EPS) else {
         let key = format!("{}.attention.layer_norm_rms_epsilon", meta.prefix);
         return Err(malformed(file, &key, "a number", "nothing".into()));
     };
     set("rms_norm_eps", json!(eps));
-    set("rope_theta", json!(meta.number("rope.freq_base").unwrap_or(10000.0)));
+    set("rope_theta", json!(meta.number(key::ROPE_BASE).unwrap_or(10000.0)));
     if let Some(scaling) = rope::scaling(&meta, notes)? {
         set("rope_scaling", scaling);
     }
@@ -214,8 +226,8 @@ const TOKEN_IDS: [(&str, &str); 3] = [
 ];
 
 fn class_and_type(meta: &Meta) -> (&'static str, &'static str) {
-    let experts = meta.optional("expert_count").unwrap_or(0) > 0;
-    let window = meta.optional("attention.sliding_window").unwrap_or(0) > 0;
+    let experts = meta.optional(key::EXPERTS).unwrap_or(0) > 0;
+    let window = meta.optional(key::SLIDING_WINDOW).unwrap_or(0) > 0;
     match meta.architecture {
         Architecture::Llama if experts => ("MixtralForCausalLM", "mixtral"),
         Architecture::Llama if window => ("MistralForCausalLM", "mistral"),
@@ -228,7 +240,10 @@ fn class_and_type(meta: &Meta) -> (&'static str, &'static str) {
         Architecture::Gemma2 => ("Gemma2ForCausalLM", "gemma2"),
         Architecture::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text"),
         Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe"),
+        Architecture::Deepseek => ("DeepseekForCausalLM", "deepseek"),
         Architecture::Deepseek2 => ("DeepseekV2ForCausalLM", "deepseek_v2"),
+        Architecture::Ernie4_5Moe => ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
+        Architecture::GraniteMoe => ("GraniteMoeSharedForCausalLM", "granitemoeshared"),
     }
 }
 
@@ -244,7 +259,7 @@ fn vocab_size(
             nearest: None,
         });
     };
-    let hidden = meta.required("embedding_length")?;
+    let hidden = meta.required(key::EMBEDDING_LENGTH)?;
     let rows = embedding.rows();
     embedding.expect_shape(&[rows, hidden], "vocabulary, embedding_length of the metadata")?;
     Ok(rows)
@@ -252,12 +267,10 @@ fn vocab_size(
 
 /// Size of the dense MLP; files of MoE models without one may leave it out.
 fn intermediate_size(meta: &Meta) -> Result<usize, CheckpointError> {
-    match meta.optional("feed_forward_length") {
+    match meta.optional(key::FEED_FORWARD_LENGTH) {
         Some(size) if size > 0 => Ok(size),
-        _ if meta.optional("expert_feed_forward_length").is_some() => {
-            meta.required("expert_feed_forward_length")
-        }
-        _ => meta.required("feed_forward_length"),
+        _ if meta.optional(key::EXPERT_LENGTH).is_some() => meta.required(key::EXPERT_LENGTH),
+        _ => meta.required(key::FEED_FORWARD_LENGTH),
     }
 }
 
@@ -286,15 +299,15 @@ fn family(
     if !matches!(meta.architecture, Architecture::Deepseek2) {
         set("head_dim", json!(meta.head_dim()?));
     }
-    let window = meta.optional("attention.sliding_window").filter(|w| *w > 0);
+    let window = meta.optional(key::SLIDING_WINDOW).filter(|w| *w > 0);
     match meta.architecture {
         Architecture::Llama => {
             if let Some(window) = window {
                 set("sliding_window", json!(window));
             }
-            if meta.optional("expert_count").unwrap_or(0) > 0 {
-                set("num_local_experts", json!(meta.required("expert_count")?));
-                set("num_experts_per_tok", json!(meta.required("expert_used_count")?));
+            if meta.optional(key::EXPERTS).unwrap_or(0) > 0 {
+                set("num_local_experts", json!(meta.required(key::EXPERTS)?));
+                set("num_experts_per_tok", json!(meta.required(key::EXPERTS_USED)?));
             } else {
                 set("attention_bias", json!(layer_has("self_attn.q_proj.bias")));
                 set("mlp_bias", json!(layer_has("mlp.up_proj.bias")));
@@ -307,36 +320,112 @@ fn family(
         }
         Architecture::Qwen2Moe | Architecture::Qwen3Moe | Architecture::Olmoe => moe(meta, set)?,
         Architecture::Phi3 => {
-            let (rotary, size) = (meta.optional("rope.dimension_count"), meta.head_dim()?);
+            let (rotary, size) = (meta.optional(key::ROPE_DIM), meta.head_dim()?);
             if let Some(rotary) = rotary.filter(|rotary| *rotary != size) {
                 set("partial_rotary_factor", json!(rotary as f64 / size as f64));
             }
-            if let Some(length) = meta.optional("rope.scaling.original_context_length") {
+            if let Some(length) = meta.optional(key::ROPE_SCALING_ORIGINAL) {
                 set("original_max_position_embeddings", json!(length));
             }
             set("sliding_window", window.map_or(Json::Null, |w| json!(w)));
         }
         Architecture::Gemma2 | Architecture::Gemma3 => gemma(meta, window, set, notes)?,
+        Architecture::Deepseek => {
+            set("attention_bias", json!(layer_has("self_attn.q_proj.bias")));
+            deepseek_experts(meta, set)?;
+        }
         Architecture::Deepseek2 => deepseek(meta, set)?,
+        Architecture::Ernie4_5Moe => ernie(meta, tensors, set)?,
+        Architecture::GraniteMoe => {
+            set("attention_bias", json!(layer_has("self_attn.q_proj.bias")));
+            granite(meta, set)?;
+        }
     }
     Ok(())
 }
 
+fn ernie(
+    meta: &Meta,
+    tensors: &BTreeMap<String, WeightRef>,
+    set: &mut impl FnMut(&str, Json),
+) -> Result<(), CheckpointError> {
+    let inter = meta.required(key::EXPERT_LENGTH)?;
+    let step = meta.optional(key::MOE_STEP).unwrap_or(1);
+    if step != 1 {
+        return Err(CheckpointError::Unsupported {
+            what: format!("GGUF file has experts in every layer number {step} only"),
+            file: meta.file.path().to_owned(),
+            hint: "use the safetensors files of this model".into(),
+        });
+    }
+    // The key for the width of the shared experts is not reliable in converted files; the tensor is.
+    let shared =
+        tensors.iter().find(|(name, _)| name.ends_with(".mlp.shared_experts.up_proj.weight"));
+    set("moe_num_experts", json!(meta.required(key::EXPERTS)?));
+    set("moe_k", json!(meta.required(key::EXPERTS_USED)?));
+    set("moe_intermediate_size", json!(inter));
+    set("moe_num_shared_experts", json!(shared.map_or(0, |(_, w)| w.rows() / inter)));
+    set("moe_layer_start_index", json!(meta.optional(key::LEADING_DENSE).unwrap_or(0)));
+    set("moe_layer_end_index", json!(meta.required(key::BLOCK_COUNT)? - 1));
+    set("moe_layer_interval", json!(1));
+    set("moe_norm_min", json!(1e-12));
+    set("use_bias", json!(false));
+    Ok(())
+}
+
+fn granite(meta: &Meta, set: &mut impl FnMut(&str, Json)) -> Result<(), CheckpointError> {
+    set("num_local_experts", json!(meta.required(key::EXPERTS)?));
+    set("num_experts_per_tok", json!(meta.required(key::EXPERTS_USED)?));
+    set("shared_intermediate_size", json!(meta.optional(key::SHARED_LENGTH).unwrap_or(0)));
+    let head_dim = meta.head_dim()? as f64;
+    // llama.cpp takes a scale of zero for none.
+    let scale = |key: &str| meta.number(key).filter(|v| *v != 0.0);
+    let attention = scale(key::ATTENTION_SCALE).unwrap_or(1.0 / head_dim.sqrt());
+    set("attention_multiplier", json!(attention));
+    set("embedding_multiplier", json!(scale(key::EMBEDDING_SCALE).unwrap_or(1.0)));
+    set("residual_multiplier", json!(scale(key::RESIDUAL_SCALE).unwrap_or(1.0)));
+    set("logits_scaling", json!(scale(key::LOGIT_SCALE).unwrap_or(1.0)));
+    Ok(())
+}
+
+/// Routed and shared experts in DeepSeek's words.
+fn deepseek_experts(meta: &Meta, set: &mut impl FnMut(&str, Json)) -> Result<(), CheckpointError> {
+    set("n_routed_experts", json!(meta.required(key::EXPERTS)?));
+    set("num_experts_per_tok", json!(meta.required(key::EXPERTS_USED)?));
+    set("n_shared_experts", json!(meta.optional(key::EXPERTS_SHARED)));
+    set("moe_intermediate_size", json!(meta.required(key::EXPERT_LENGTH)?));
+    set("first_k_dense_replace", json!(meta.optional(key::LEADING_DENSE).unwrap_or(0)));
+    set("moe_layer_freq", json!(1));
+    // A scale of zero is none, as llama.cpp reads it.
+    let scale = meta.number(key::EXPERT_WEIGHTS_SCALE).filter(|v| *v != 0.0).unwrap_or(1.0);
+    set("routed_scaling_factor", json!(scale));
+    if meta.architecture == Architecture::Deepseek && scale != 1.0 {
+        return Err(CheckpointError::Unsupported {
+            what: format!("GGUF file scales the weights of experts by {scale}"),
+            file: meta.file.path().to_owned(),
+            hint: "use the safetensors files of this model".into(),
+        });
+    }
+    set("norm_topk_prob", json!(meta.flag(key::EXPERT_WEIGHTS_NORM).unwrap_or(false)));
+    set("scoring_func", json!("softmax"));
+    Ok(())
+}
+
 fn moe(meta: &Meta, set: &mut impl FnMut(&str, Json)) -> Result<(), CheckpointError> {
-    set("num_experts", json!(meta.required("expert_count")?));
-    set("num_experts_per_tok", json!(meta.required("expert_used_count")?));
+    set("num_experts", json!(meta.required(key::EXPERTS)?));
+    set("num_experts_per_tok", json!(meta.required(key::EXPERTS_USED)?));
     // llama.cpp renormalises the weights of the chosen experts for Qwen3-MoE and not for the two others.
     let normalised = meta.architecture == Architecture::Qwen3Moe;
-    set("norm_topk_prob", json!(meta.flag("expert_weights_norm").unwrap_or(normalised)));
+    set("norm_topk_prob", json!(meta.flag(key::EXPERT_WEIGHTS_NORM).unwrap_or(normalised)));
     if meta.architecture == Architecture::Olmoe {
-        if let Some(clip) = meta.number("attention.clamp_kqv") {
+        if let Some(clip) = meta.number(key::CLAMP_KQV) {
             set("clip_qkv", json!(clip));
         }
         return Ok(());
     }
-    set("moe_intermediate_size", json!(meta.required("expert_feed_forward_length")?));
+    set("moe_intermediate_size", json!(meta.required(key::EXPERT_LENGTH)?));
     if meta.architecture == Architecture::Qwen2Moe {
-        let key = "expert_shared_feed_forward_length";
+        let key = key::SHARED_LENGTH;
         set("shared_expert_intermediate_size", json!(meta.required(key)?));
     }
     set("decoder_sparse_step", json!(1));
@@ -359,8 +448,8 @@ fn gemma(
         Architecture::Gemma2 => GEMMA2_27B_LAYERS,
         _ => GEMMA3_27B_LAYERS,
     };
-    let scalar = match meta.required("block_count")? == large {
-        true => meta.required("embedding_length")? / meta.heads()?,
+    let scalar = match meta.required(key::BLOCK_COUNT)? == large {
+        true => meta.required(key::EMBEDDING_LENGTH)? / meta.heads()?,
         false => meta.head_dim()?,
     };
     set("query_pre_attn_scalar", json!(scalar));
@@ -373,10 +462,21 @@ fn gemma(
     for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
         set(key, meta.number(key).map_or(Json::Null, |v| json!(v)));
     }
+    if let Some(sliding) = meta.flags(key::SLIDING_PATTERN) {
+        let kind = |sliding: &bool| match sliding {
+            true => "sliding_attention",
+            false => "full_attention",
+        };
+        set("layer_types", json!(sliding.iter().map(kind).collect::<Vec<_>>()));
+    }
     if meta.architecture == Architecture::Gemma3 {
-        let local = meta.number("rope.freq_base_swa").unwrap_or(10000.0);
+        let local = meta.number(key::ROPE_BASE_LOCAL).unwrap_or(10000.0);
         set("rope_local_base_freq", json!(local));
-        set("sliding_window_pattern", json!(6));
+        let pattern = match meta.get(key::SLIDING_PATTERN) {
+            Some(value) => value.unsigned().filter(|n| *n > 0).unwrap_or(6),
+            None => 6,
+        };
+        set("sliding_window_pattern", json!(pattern));
     }
     Ok(())
 }
@@ -389,35 +489,27 @@ fn deepseek(meta: &Meta, set: &mut impl FnMut(&str, Json)) -> Result<(), Checkpo
             hint: "use the safetensors files of this model".into(),
         });
     }
-    let rotary = meta.required("rope.dimension_count")?;
-    let key_length = meta.required("attention.key_length")?;
-    if let Some(rank) = meta.optional("attention.q_lora_rank") {
+    let rotary = meta.required(key::ROPE_DIM)?;
+    let key_length = meta.required(key::KEY_LENGTH)?;
+    if let Some(rank) = meta.optional(key::Q_LORA_RANK) {
         set("q_lora_rank", json!(rank));
     } else {
         set("q_lora_rank", Json::Null);
     }
-    set("kv_lora_rank", json!(meta.required("attention.kv_lora_rank")?));
+    set("kv_lora_rank", json!(meta.required(key::KV_LORA_RANK)?));
     set("qk_rope_head_dim", json!(rotary));
     set("qk_nope_head_dim", json!(key_length.saturating_sub(rotary)));
-    set("v_head_dim", json!(meta.required("attention.value_length")?));
+    set("v_head_dim", json!(meta.required(key::VALUE_LENGTH)?));
     set("head_dim", json!(rotary));
-    set("n_routed_experts", json!(meta.required("expert_count")?));
-    set("num_experts_per_tok", json!(meta.required("expert_used_count")?));
-    set("n_shared_experts", json!(meta.optional("expert_shared_count")));
-    set("moe_intermediate_size", json!(meta.required("expert_feed_forward_length")?));
-    set("first_k_dense_replace", json!(meta.optional("leading_dense_block_count").unwrap_or(0)));
-    set("moe_layer_freq", json!(1));
-    set("routed_scaling_factor", json!(meta.number("expert_weights_scale").unwrap_or(1.0)));
-    set("norm_topk_prob", json!(meta.flag("expert_weights_norm").unwrap_or(false)));
-    let groups = meta.optional("expert_group_count").unwrap_or(1);
-    if groups > 1 || meta.optional("expert_gating_func") == Some(2) {
+    deepseek_experts(meta, set)?;
+    let groups = meta.optional(key::EXPERT_GROUPS).unwrap_or(1);
+    if groups > 1 || meta.optional(key::EXPERT_GATING) == Some(2) {
         return Err(CheckpointError::Unsupported {
             what: "GGUF file routes experts by groups or by sigmoid, as DeepSeek-V3 does".into(),
             file: meta.file.path().to_owned(),
             hint: "use the safetensors files of this model".into(),
         });
     }
-    set("scoring_func", json!("softmax"));
     set("topk_method", json!("greedy"));
     set("n_group", json!(1));
     set("topk_group", json!(1));

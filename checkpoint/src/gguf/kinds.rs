@@ -83,6 +83,12 @@ impl TensorKind {
         })
     }
 
+    /// The number that files use for it.
+    pub fn id(self) -> u32 {
+        // Every type has a number below 40: a test goes through them.
+        (0..40).find(|id| Self::from_id(*id) == Some(self)).unwrap_or(u32::MAX)
+    }
+
     /// Values of one block, and its bytes.
     pub fn block(self) -> (usize, usize) {
         use TensorKind::*;
@@ -125,5 +131,17 @@ impl TensorKind {
 impl std::fmt::Display for TensorKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_go_both_ways() {
+        let kinds: Vec<TensorKind> = (0..200).filter_map(TensorKind::from_id).collect();
+        assert_eq!(kinds.len(), 32);
+        assert!(kinds.iter().all(|kind| TensorKind::from_id(kind.id()) == Some(*kind)));
     }
 }

@@ -3,12 +3,20 @@
 mod config;
 mod dequant;
 mod header;
+pub mod key;
 mod kinds;
 mod names;
 mod pre;
+mod quantise;
 mod rope;
+mod table;
+mod target;
+mod tensors;
 mod tokenizer;
+mod tokenizer_json;
 mod value;
+mod vocabulary;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +27,12 @@ use moe_merge_kernels::Dtype;
 pub use dequant::{BlockWeight, Shifted};
 pub use header::{Header, TensorInfo, parse};
 pub use kinds::TensorKind;
+pub use rope::llama3_factors;
+pub use table::{Architecture, ROPE_FREQS};
+pub use tensors::{TensorPlan, extra_vector};
 pub use value::{List, Value};
+pub use vocabulary::{no_vocabulary, vocabulary};
+pub use write::{GgufPlan, GgufTensor, MetaValue, Metadata, Storage};
 
 use crate::error::CheckpointError;
 use crate::map::MappedFile;

@@ -12,56 +12,10 @@ use crate::error::CheckpointError;
 use crate::gguf::config::Meta;
 use crate::gguf::dequant::Shifted;
 use crate::gguf::header::{Header, TensorInfo};
+use crate::gguf::table::{self, Architecture, Change};
 use crate::map::MappedFile;
 use crate::shard::OtherTensor;
-use crate::weight::{PermutedRows, RowSlice, WeightRef};
-
-/// `general.architecture`, as far as this program knows them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Architecture {
-    /// Llama, Mistral, and Mixtral when there are experts.
-    Llama,
-    Qwen2,
-    Qwen2Moe,
-    Qwen3,
-    Qwen3Moe,
-    Phi3,
-    Gemma2,
-    Gemma3,
-    Olmoe,
-    Deepseek2,
-}
-
-/// Every architecture with its name in GGUF files.
-const ARCHITECTURES: &[(&str, Architecture)] = &[
-    ("llama", Architecture::Llama),
-    ("qwen2", Architecture::Qwen2),
-    ("qwen2moe", Architecture::Qwen2Moe),
-    ("qwen3", Architecture::Qwen3),
-    ("qwen3moe", Architecture::Qwen3Moe),
-    ("phi3", Architecture::Phi3),
-    ("gemma2", Architecture::Gemma2),
-    ("gemma3", Architecture::Gemma3),
-    ("olmoe", Architecture::Olmoe),
-    ("deepseek2", Architecture::Deepseek2),
-];
-
-impl Architecture {
-    /// The architecture with this name.
-    pub(super) fn from_name(name: &str) -> Option<Self> {
-        ARCHITECTURES.iter().find(|(known, _)| *known == name).map(|(_, a)| *a)
-    }
-
-    /// All known names, for messages.
-    pub(super) fn known() -> String {
-        let names: Vec<&str> = ARCHITECTURES.iter().map(|(name, _)| *name).collect();
-        names.join(", ")
-    }
-
-    pub(super) fn is_gemma(self) -> bool {
-        matches!(self, Self::Gemma2 | Self::Gemma3)
-    }
-}
+use crate::weight::{PermutedRows, RowSlice, Stacked, WeightRef};
 
 /// The weights of a file under Hugging Face names.
 pub(super) struct Named {
@@ -84,6 +38,8 @@ enum Place {
     Row(String),
     /// One matrix for each expert; the name of expert `e` is prefix + e + suffix.
     Experts(String, String),
+    /// The first or second half of the rows of this weight, of each expert if there are three axes.
+    Half(String, usize),
     /// The configuration has it.
     Config,
     /// Nobody knows it.
@@ -102,6 +58,7 @@ pub(super) fn map(header: &Header, file: &MappedFile) -> Result<Named, Checkpoin
     };
     let mut named = Named { tensors: BTreeMap::new(), other: Vec::new(), notes: Vec::new() };
     let mut unknown = Vec::new();
+    let mut halves = BTreeMap::<String, [Option<WeightRef>; 2]>::new();
     for tensor in &header.tensors {
         let place =
             if tensor.kind.is_no_weight() { Place::Config } else { namer.place(tensor.name) };
@@ -111,8 +68,15 @@ pub(super) fn map(header: &Header, file: &MappedFile) -> Result<Named, Checkpoin
                 unknown.push(tensor.name);
                 named.other.push(other(tensor, file));
             }
+            Place::Half(name, half) => {
+                halves.entry(name).or_default()[half] = Some(super::weight(file, tensor)?);
+            }
             place => put(&namer, place, tensor, file, &mut named.tensors)?,
         }
+    }
+    for (name, halves) in halves {
+        let joined = join_halves(&name, halves, file)?;
+        named.tensors.insert(name, joined);
     }
     if !unknown.is_empty() {
         named
@@ -184,14 +148,53 @@ fn put(
             }
             Ok(())
         }
-        Place::Config | Place::Unknown => Ok(()),
+        Place::Half(..) | Place::Config | Place::Unknown => Ok(()),
     }
+}
+
+/// The weight whose rows the file has in two tensors: the first half above the second, for each expert.
+fn join_halves(
+    name: &str,
+    halves: [Option<WeightRef>; 2],
+    file: &MappedFile,
+) -> Result<WeightRef, CheckpointError> {
+    let [Some(first), Some(second)] = halves else {
+        return Err(CheckpointError::MissingTensor {
+            file: file.path().to_owned(),
+            tensor: format!("{name} (gate and up)"),
+            nearest: None,
+        });
+    };
+    let shape = first.shape().to_vec();
+    second.expect_shape(&shape, "as the other half of the same weight")?;
+    let (experts, rows, cols) = match *shape.as_slice() {
+        [rows, cols] => (1, rows, cols),
+        [experts, rows, cols] => (experts, rows, cols),
+        _ => {
+            return Err(CheckpointError::Shape {
+                file: file.path().to_owned(),
+                tensor: first.origin().1,
+                expected: "two or three axes".into(),
+                found: shape,
+            });
+        }
+    };
+    let parts = (0..experts).flat_map(|e| {
+        [&first, &second].map(|half| {
+            Arc::new(RowSlice::new(half.clone(), e * rows..(e + 1) * rows)) as WeightRef
+        })
+    });
+    let mut joined = shape;
+    let axis = joined.len() - 2;
+    joined[axis] = 2 * rows;
+    debug_assert_eq!(joined.last(), Some(&cols));
+    Ok(Arc::new(Stacked::new(parts.collect(), joined)))
 }
 
 /// For each row in Hugging Face's order its row in the file; `None` if `rows` are no `heads` heads of even size.
 ///
 /// llama.cpp rotates neighbouring dimensions `(2i, 2i + 1)` of a head, Hugging Face dimensions `(i, i + size / 2)`.
-fn rotary_order(rows: usize, heads: usize) -> Option<Vec<u32>> {
+pub(super) fn rotary_order(rows: usize, heads: usize) -> Option<Vec<u32>> {
     let halves = heads > 0 && rows.is_multiple_of(heads) && (rows / heads).is_multiple_of(2);
     if !halves || u32::try_from(rows).is_err() {
         return None;
@@ -216,15 +219,14 @@ struct Namer {
 
 impl Namer {
     fn place(&self, name: &str) -> Place {
-        match name {
-            "token_embd.weight" => return Place::As("model.embed_tokens.weight".into()),
-            "output.weight" => return Place::As("lm_head.weight".into()),
-            "output.bias" => return Place::As("lm_head.bias".into()),
-            "output_norm.weight" => return self.norm("model.norm.weight".into()),
-            "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => {
-                return Place::Config;
-            }
-            _ => {}
+        if let Some((hub, change)) = table::outside_by_gguf(name) {
+            return match change {
+                Change::Norm => self.norm(hub.to_owned()),
+                _ => Place::As(hub.to_owned()),
+            };
+        }
+        if [table::ROPE_FREQS, table::ROPE_LONG, table::ROPE_SHORT].contains(&name) {
+            return Place::Config;
         }
         let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let Some((layer, (module, parameter))) =
@@ -235,11 +237,7 @@ impl Namer {
         if layer >= self.layers || !matches!(parameter, "weight" | "bias") {
             return Place::Unknown;
         }
-        let prefix = format!("model.layers.{layer}.");
-        self.attention(module, &prefix, parameter)
-            .or_else(|| self.norms(module, &prefix, parameter))
-            .or_else(|| self.experts(module, &prefix, parameter))
-            .or_else(|| self.mlp(module, &prefix, parameter))
+        self.in_layer(&format!("model.layers.{layer}."), module, parameter)
             .unwrap_or(Place::Unknown)
     }
 
@@ -247,99 +245,43 @@ impl Namer {
         if self.architecture.is_gemma() { Place::PlusOne(name) } else { Place::As(name) }
     }
 
-    fn attention(&self, module: &str, prefix: &str, parameter: &str) -> Option<Place> {
-        use Architecture::*;
-        let name = |module: &str| format!("{prefix}self_attn.{module}.{parameter}");
-        let rotary = |module: &str, heads: usize| match self.architecture {
-            Llama => Place::Rotary(name(module), heads),
-            _ => Place::As(name(module)),
-        };
-        let latent = self.architecture == Deepseek2;
-        Some(match module {
-            "attn_q" => rotary("q_proj", self.heads),
-            "attn_k" => rotary("k_proj", self.kv_heads),
-            "attn_v" => Place::As(name("v_proj")),
-            "attn_output" => Place::As(name("o_proj")),
-            "attn_qkv" if self.architecture == Phi3 => Place::As(name("qkv_proj")),
-            "attn_q_norm" => self.norm(name("q_norm")),
-            "attn_k_norm" => self.norm(name("k_norm")),
-            "attn_q_a" if latent => Place::As(name("q_a_proj")),
-            "attn_q_a_norm" if latent => Place::As(name("q_a_layernorm")),
-            "attn_q_b" if latent => Place::As(name("q_b_proj")),
-            "attn_kv_a_mqa" if latent => Place::As(name("kv_a_proj_with_mqa")),
-            "attn_kv_a_norm" if latent => Place::As(name("kv_a_layernorm")),
-            "attn_kv_b" if latent => Place::As(name("kv_b_proj")),
-            _ => return None,
-        })
-    }
-
-    fn norms(&self, module: &str, prefix: &str, parameter: &str) -> Option<Place> {
-        let gemma = self.architecture.is_gemma();
-        let module = match module {
-            "attn_norm" => "input_layernorm",
-            "ffn_norm" if gemma => "pre_feedforward_layernorm",
-            "ffn_norm" => "post_attention_layernorm",
-            "post_attention_norm" if gemma => "post_attention_layernorm",
-            "post_ffw_norm" if gemma => "post_feedforward_layernorm",
-            _ => return None,
-        };
-        Some(self.norm(format!("{prefix}{module}.{parameter}")))
-    }
-
-    fn experts(&self, module: &str, prefix: &str, parameter: &str) -> Option<Place> {
-        use Architecture::*;
-        if self.experts == 0 {
+    fn in_layer(&self, prefix: &str, module: &str, parameter: &str) -> Option<Place> {
+        // Files from before the experts were stacked have one tensor for each: `ffn_up.3`.
+        if let Some((kind, expert)) = module.split_once('.') {
+            let expert = expert.parse::<usize>().ok().filter(|e| *e < self.experts)?;
+            let row = table::by_gguf(self.architecture, &format!("{kind}_exps"))?;
+            let (before, after) = row.hub.split_once("{}")?;
+            return Some(Place::As(format!("{prefix}{before}{expert}{after}.{parameter}")));
+        }
+        let is_moe = module.starts_with("ffn_gate_inp")
+            || module.ends_with("_exps")
+            || module.ends_with("_shexp")
+            || module == "exp_probs_b";
+        if is_moe && self.experts == 0 {
             return None;
         }
-        let mixtral = self.architecture == Llama;
-        let block = if mixtral { "block_sparse_moe" } else { "mlp" };
-        let shared = match self.architecture {
-            Deepseek2 => "shared_experts",
-            _ => "shared_expert",
+        let row = table::by_gguf(self.architecture, module)?;
+        let name = match row.hub.ends_with("_bias") {
+            true => format!("{prefix}{}", row.hub),
+            false => format!("{prefix}{}.{parameter}", row.hub),
         };
-        let matrix = |kind: &str| match (kind, mixtral) {
-            ("gate", true) => Some("w1"),
-            ("down", true) => Some("w2"),
-            ("up", true) => Some("w3"),
-            ("gate", false) => Some("gate_proj"),
-            ("down", false) => Some("down_proj"),
-            ("up", false) => Some("up_proj"),
-            _ => None,
+        let rotary = |name, heads| match self.architecture.reorders_rows() {
+            true => Place::Rotary(name, heads),
+            false => Place::As(name),
         };
-        match module {
-            "ffn_gate_inp" => return Some(Place::As(format!("{prefix}{block}.gate.{parameter}"))),
-            "ffn_gate_inp_shexp" if self.architecture == Qwen2Moe => {
-                return Some(Place::Row(format!("{prefix}mlp.shared_expert_gate.{parameter}")));
+        Some(match row.change {
+            Change::As => Place::As(name),
+            Change::Norm => self.norm(name),
+            Change::Query => rotary(name, self.heads),
+            Change::Key => rotary(name, self.kv_heads),
+            Change::Vector => Place::Row(name),
+            Change::FirstHalf => Place::Half(name, 0),
+            Change::SecondHalf => Place::Half(name, 1),
+            Change::Experts => {
+                let (before, after) = row.hub.split_once("{}")?;
+                Place::Experts(format!("{prefix}{before}"), format!("{after}.{parameter}"))
             }
-            "exp_probs_b" if self.architecture == Deepseek2 => {
-                return Some(Place::As(format!("{prefix}mlp.gate.e_score_correction_bias")));
-            }
-            _ => {}
-        }
-        let rest = module.strip_prefix("ffn_")?;
-        if let Some(kind) = rest.strip_suffix("_exps") {
-            let suffix = format!(".{}.{parameter}", matrix(kind)?);
-            return Some(Place::Experts(format!("{prefix}{block}.experts."), suffix));
-        }
-        if let Some(kind) = rest.strip_suffix("_shexp").filter(|_| !mixtral) {
-            return Some(Place::As(format!("{prefix}mlp.{shared}.{}.{parameter}", matrix(kind)?)));
-        }
-        // Files from before the experts were stacked have one tensor for each: `ffn_up.3`.
-        let (kind, expert) = rest.split_once('.')?;
-        let expert = expert.parse::<usize>().ok().filter(|e| *e < self.experts)?;
-        let matrix = matrix(kind)?;
-        Some(Place::As(format!("{prefix}{block}.experts.{expert}.{matrix}.{parameter}")))
-    }
-
-    fn mlp(&self, module: &str, prefix: &str, parameter: &str) -> Option<Place> {
-        let module = match module {
-            "ffn_up" if self.architecture == Architecture::Phi3 => "gate_up_proj",
-            "ffn_gate" => "gate_proj",
-            "ffn_up" => "up_proj",
-            "ffn_down" => "down_proj",
-            _ => return None,
-        };
-        Some(Place::As(format!("{prefix}mlp.{module}.{parameter}")))
+        })
     }
 }
 
@@ -396,6 +338,14 @@ mod tests {
         assert_eq!(
             place(Deepseek2, 8, "blk.1.ffn_gate_shexp.weight"),
             named("model.layers.1.mlp.shared_experts.gate_proj.weight")
+        );
+        assert_eq!(
+            place(GraniteMoe, 8, "blk.1.ffn_up_exps.weight"),
+            Place::Half("model.layers.1.block_sparse_moe.input_linear.weight".into(), 1)
+        );
+        assert_eq!(
+            place(Ernie4_5Moe, 8, "blk.1.exp_probs_b.bias"),
+            Place::Row("model.layers.1.mlp.moe_statics.e_score_correction_bias".into())
         );
     }
 

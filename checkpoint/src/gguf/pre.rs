@@ -151,6 +151,108 @@ impl Pre {
     }
 }
 
+/// What one step of a `pre_tokenizer` does, as `tokenizer.json` tells it.
+#[derive(Debug, PartialEq)]
+enum Seen<'j> {
+    Split(&'j str),
+    Digits,
+    Words,
+    /// Bytes as characters, nothing cut.
+    Bytes,
+}
+
+/// A recognised way of cutting.
+pub(super) struct Recognised {
+    /// Its name in GGUF files.
+    pub name: &'static str,
+    /// What llama.cpp does otherwise, if anything.
+    pub note: Option<String>,
+}
+
+/// The name of the way in which a byte-level `tokenizer.json` cuts words; `Err` with what it does if nobody has named it.
+///
+/// * `qwen2`: plain words of GPT-2 stand for those of Qwen2, as transformers reads checkpoints of that family
+pub(super) fn recognise(tokenizer: &Json, qwen2: bool) -> Result<Recognised, String> {
+    let pre_tokenizer = &tokenizer["pre_tokenizer"];
+    let mut seen = Vec::new();
+    if !flatten(pre_tokenizer, &mut seen) {
+        return Err(shortened(&pre_tokenizer.to_string()));
+    }
+    if qwen2 && seen == [Seen::Words] {
+        return Ok(Recognised { name: "qwen2", note: None });
+    }
+    let composes = tokenizer["normalizer"]["type"] == "NFC";
+    let ignores = tokenizer["model"]["ignore_merges"] == true;
+    let fits: Vec<&Pre> = PRES.iter().filter(|pre| pre.does(&seen)).collect();
+    let same = |pre: &&&Pre| (pre.compose, pre.ignore_merges) == (composes, ignores);
+    let best = fits.iter().find(same).or_else(|| fits.iter().find(|p| p.ignore_merges == ignores));
+    match best.or(fits.first()) {
+        Some(pre) => {
+            let note = (pre.ignore_merges != ignores).then(|| {
+                format!(
+                    "llama.cpp's `{}` {} whole words without merging, this tokenizer {}",
+                    pre.names[0],
+                    if ignores { "does not take" } else { "takes" },
+                    if ignores { "does" } else { "does not" }
+                )
+            });
+            Ok(Recognised { name: pre.names[0], note })
+        }
+        None => Err(shortened(&pre_tokenizer.to_string())),
+    }
+}
+
+/// The steps of a `pre_tokenizer`, one after the other; false if one of them is not known.
+fn flatten<'j>(step: &'j Json, seen: &mut Vec<Seen<'j>>) -> bool {
+    match step["type"].as_str() {
+        Some("Sequence") => match step["pretokenizers"].as_array() {
+            Some(steps) => steps.iter().all(|s| flatten(s, seen)),
+            None => false,
+        },
+        Some("Split") if step["behavior"] == "Isolated" && step["invert"] != true => {
+            let regex = step["pattern"]["Regex"].as_str();
+            regex.map(|r| seen.push(Seen::Split(r))).is_some()
+        }
+        Some("Digits") if step["individual_digits"] == true => {
+            seen.push(Seen::Digits);
+            true
+        }
+        // Older files leave `use_regex` out; it is on by default.
+        Some("ByteLevel") if step["add_prefix_space"] != true => {
+            seen.push(if step["use_regex"] == false { Seen::Bytes } else { Seen::Words });
+            true
+        }
+        _ => false,
+    }
+}
+
+/// At most as much as fits in a message.
+fn shortened(text: &str) -> String {
+    const MOST: usize = 300;
+    match text.char_indices().nth(MOST) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
+    }
+}
+
+impl Pre {
+    fn does(&self, seen: &[Seen]) -> bool {
+        let mut own: Vec<Seen> = self
+            .steps
+            .iter()
+            .map(|step| match step {
+                Step::Split(regex) => Seen::Split(regex),
+                Step::Digits => Seen::Digits,
+                Step::Words => Seen::Words,
+            })
+            .collect();
+        if !own.contains(&Seen::Words) {
+            own.push(Seen::Bytes);
+        }
+        own == seen
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,5 +276,38 @@ mod tests {
         assert_eq!(smollm["pretokenizers"][1]["use_regex"], true);
         let qwen = Pre::from_name("qwen2").unwrap().pre_tokenizer();
         assert_eq!(qwen["pretokenizers"][1]["use_regex"], false);
+    }
+
+    #[test]
+    fn every_way_is_recognised_in_its_own_json() {
+        for pre in PRES {
+            let tokenizer = json!({
+                "pre_tokenizer": pre.pre_tokenizer(), "normalizer": pre.normalizer(),
+                "model": { "ignore_merges": pre.ignore_merges }
+            });
+            let found = recognise(&tokenizer, false).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((found.name, found.note), (pre.names[0], None));
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_told() {
+        for pre_tokenizer in [
+            json!({ "type": "Split", "pattern": { "Regex": "[0-9]" }, "behavior": "Isolated", "invert": false }),
+            json!({ "type": "ByteLevel", "add_prefix_space": true, "use_regex": true }),
+            json!({ "type": "Whitespace" }),
+            Json::Null,
+        ] {
+            let tokenizer = json!({ "pre_tokenizer": pre_tokenizer });
+            let Err(what) = recognise(&tokenizer, false) else { panic!("{pre_tokenizer}") };
+            assert_eq!(what, pre_tokenizer.to_string());
+        }
+        let plain = json!({ "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false } });
+        assert_eq!(recognise(&plain, false).ok().unwrap().name, "gpt-2");
+        assert_eq!(recognise(&plain, true).ok().unwrap().name, "qwen2");
+        // Llama 3's words with merges, and not in the composed form: another name.
+        let llama = Pre::from_name("llama-bpe").unwrap().pre_tokenizer();
+        let tokenizer = json!({ "pre_tokenizer": llama, "model": { "ignore_merges": false } });
+        assert_eq!(recognise(&tokenizer, false).ok().unwrap().name, "dbrx");
     }
 }

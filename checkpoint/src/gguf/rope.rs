@@ -6,6 +6,8 @@ use serde_json::{Value as Json, json};
 
 use crate::error::CheckpointError;
 use crate::gguf::config::Meta;
+use crate::gguf::key;
+use crate::gguf::table::{ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
 /// `rope_scaling` of `config.json`; `None` if positions are not scaled.
 ///
@@ -16,16 +18,16 @@ pub(super) fn scaling(
     meta: &Meta,
     notes: &mut Vec<String>,
 ) -> Result<Option<Json>, CheckpointError> {
-    if let Some(factors) = meta.table("rope_freqs.weight") {
+    if let Some(factors) = meta.table(ROPE_FREQS) {
         return from_factors(meta, &factors, notes);
     }
-    let long = meta.table("rope_factors_long.weight");
-    if let (Some(long), Some(short)) = (long, meta.table("rope_factors_short.weight")) {
+    let long = meta.table(ROPE_LONG);
+    if let (Some(long), Some(short)) = (long, meta.table(ROPE_SHORT)) {
         notes.push("`rope_factors_long` and `rope_factors_short` became `rope_scaling`".into());
         return Ok(Some(json!({ "type": "longrope", "long_factor": long, "short_factor": short })));
     }
-    let factor = meta.number("rope.scaling.factor").or_else(|| meta.number("rope.scale_linear"));
-    let kind = meta.text("rope.scaling.type").unwrap_or(match factor {
+    let factor = meta.number(key::ROPE_SCALING_FACTOR).or_else(|| meta.number("rope.scale_linear"));
+    let kind = meta.text(key::ROPE_SCALING_TYPE).unwrap_or(match factor {
         Some(factor) if factor != 1.0 => "linear",
         _ => "none",
     });
@@ -50,13 +52,17 @@ fn yarn(meta: &Meta, factor: f64) -> Json {
             scaling[key] = json!(value);
         }
     };
-    set("beta_fast", meta.number("rope.scaling.yarn_beta_fast"));
-    set("beta_slow", meta.number("rope.scaling.yarn_beta_slow"));
+    set("beta_fast", meta.number(key::ROPE_YARN_BETA_FAST));
+    set("beta_slow", meta.number(key::ROPE_YARN_BETA_SLOW));
     // The converter stores 0.1 * mscale_all_dim; published DeepSeek models have both scales equal.
-    let scale = meta.number("rope.scaling.yarn_log_multiplier").map(|m| (m * 1e4).round() / 1e3);
+    let scale = meta.number(key::ROPE_YARN_LOG).map(|m| (m * 1e4).round() / 1e3);
     set("mscale", scale);
     set("mscale_all_dim", scale);
-    if let Some(length) = meta.optional("rope.scaling.original_context_length") {
+    if let Some(by) = meta.number(key::ROPE_SCALING_ATTENTION).filter(|by| *by != 1.0) {
+        // On top of what YaRN asks for by itself.
+        scaling["attention_factor"] = json!(by * (0.1 * factor.max(1.0).ln() + 1.0));
+    }
+    if let Some(length) = meta.optional(key::ROPE_SCALING_ORIGINAL) {
         scaling["original_max_position_embeddings"] = json!(length);
     }
     scaling
@@ -87,6 +93,21 @@ impl Llama3 {
     }
 }
 
+/// What Llama 3's scaling divides the frequency of each of `pairs` pairs of dimensions by: `rope_freqs.weight`.
+pub fn llama3_factors(
+    theta: f64,
+    pairs: usize,
+    [factor, low, high, original]: [f64; 4],
+) -> Vec<f32> {
+    let scaling = Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original };
+    wavelengths(theta, pairs).map(|w| scaling.divisor(w) as f32).collect()
+}
+
+/// Positions in which each of `pairs` pairs of dimensions turns once.
+fn wavelengths(base: f64, pairs: usize) -> impl Iterator<Item = f64> {
+    (0..pairs).map(move |i| 2.0 * PI * base.powf(i as f64 / pairs as f64))
+}
+
 /// How far a stored factor may be from the computed one: it went through f32 powers.
 const FACTOR_TOLERANCE: f64 = 1e-3;
 
@@ -96,15 +117,14 @@ const FACTOR_TOLERANCE: f64 = 1e-3;
 /// published models have them, are taken as given and the original context is searched.
 fn llama3_parameters(factors: &[f32], base: f64) -> Option<Llama3> {
     let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
-    let wavelengths: Vec<f64> =
-        (0..factors.len()).map(|i| 2.0 * PI * base.powf(i as f64 / factors.len() as f64)).collect();
+    let wavelengths: Vec<f64> = wavelengths(base, factors.len()).collect();
     let fits = |p: &Llama3| {
         factors.iter().zip(&wavelengths).all(|(found, wavelength)| {
             let expected = p.divisor(*wavelength);
             (f64::from(*found) - expected).abs() <= FACTOR_TOLERANCE * expected
         })
     };
-    let originals = [8192u32, 4096, 2048, 16384, 32768, 65536, 131_072, 1024, 512];
+    let originals = [8192u32, 4096, 2048, 16384, 32768, 65536, 131_072, 1024, 512, 256, 128, 64];
     originals
         .iter()
         .map(|&original| Llama3 {
@@ -124,12 +144,12 @@ fn from_factors(
     if factors.iter().all(|f| *f == 1.0) {
         return Ok(None);
     }
-    let base = meta.number("rope.freq_base").unwrap_or(10000.0);
+    let base = meta.number(key::ROPE_BASE).unwrap_or(10000.0);
     let Some(found) = llama3_parameters(factors, base) else {
         return Err(CheckpointError::Malformed {
             what: "rope factors are not those of Llama 3".into(),
             file: meta.file.path().to_owned(),
-            tensor: Some("rope_freqs.weight".into()),
+            tensor: Some(ROPE_FREQS.into()),
             expected:
                 "factors of a Llama 3 scaling with `low_freq_factor` 1 and `high_freq_factor` 4"
                     .into(),
@@ -163,10 +183,7 @@ mod tests {
             (8.0, 2048.0, 10_000.0, 16),
         ] {
             let given = Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original };
-            let factors: Vec<f32> = (0..pairs)
-                .map(|i| 2.0 * PI * f64::powf(base, i as f64 / pairs as f64))
-                .map(|wavelength| given.divisor(wavelength) as f32)
-                .collect();
+            let factors = llama3_factors(base, pairs, [factor, 1.0, 4.0, original]);
             assert_eq!(llama3_parameters(&factors, base), Some(given));
         }
     }

@@ -17,23 +17,27 @@ use serde_json::{Map, Value as Json, json};
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
 use crate::gguf::header::Header;
+use crate::gguf::key;
 use crate::gguf::pre::Pre;
 use crate::gguf::value::{List, Value};
 use crate::source::{SideContent, SideFile};
 
 /// What SentencePiece writes for a space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 /// Longest token that is cut in two at each place in search of merges; real ones are far shorter.
-const LONGEST_TOKEN: usize = 1024;
+pub(super) const LONGEST_TOKEN: usize = 1024;
 
 /// `tokenizer.ggml.token_type`.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const UNUSED: i64 = 5;
-const BYTE: i64 = 6;
+pub(super) const NORMAL: i64 = 1;
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
+pub(super) const BYTE: i64 = 6;
+
+/// `tokenizer.ggml.model` of a file without tokenizer.
+pub(super) const NO_TOKENIZER: [&str; 2] = ["no_vocab", "none"];
 
 /// Tokenizer files rebuilt from the metadata, and `generation_config.json`.
 pub(super) fn side_files(
@@ -43,10 +47,14 @@ pub(super) fn side_files(
     notes: &mut Vec<String>,
 ) -> Result<Vec<SideFile>, CheckpointError> {
     let mut files = vec![file("generation_config.json", &generation_config(header, config))];
-    let Some(Value::Text(model)) = header.get("tokenizer.ggml.model") else {
+    let Some(Value::Text(model)) = header.get(key::TOKENIZER) else {
         notes.push("the GGUF file has no tokenizer".into());
         return Ok(files);
     };
+    if NO_TOKENIZER.contains(model) {
+        notes.push("the GGUF file has no tokenizer".into());
+        return Ok(files);
+    }
     let reader = Reader { header, path };
     let vocabulary = reader.vocabulary(notes)?;
     let flags = reader.flags(model);
@@ -200,11 +208,11 @@ impl<'h> Reader<'h, '_> {
     }
 
     fn vocabulary(&self, notes: &mut Vec<String>) -> Result<Vocabulary, CheckpointError> {
-        let key = "tokenizer.ggml.tokens";
+        let key = key::TOKENS;
         let Some(texts) = self.texts(key)? else {
             return Err(self.malformed(key, "a list of tokens", "nothing".into()));
         };
-        let kinds = self.numbers("tokenizer.ggml.token_type", texts.len())?;
+        let kinds = self.numbers(key::TOKEN_TYPES, texts.len())?;
         let kinds: Vec<i64> = kinds.into_iter().map(|k| k as i64).collect();
         let mut tokens: Vec<String> = texts.into_iter().map(str::to_owned).collect();
         // Converters fill the vocabulary up to the rows of the embedding with such names.
@@ -245,7 +253,7 @@ impl<'h> Reader<'h, '_> {
     }
 
     fn is_gemma(&self) -> bool {
-        matches!(self.header.get("general.architecture"),
+        matches!(self.header.get(key::ARCHITECTURE),
             Some(Value::Text(name)) if name.starts_with("gemma"))
     }
 
@@ -257,15 +265,15 @@ impl<'h> Reader<'h, '_> {
     }
 
     fn flags(&self, model: &str) -> Flags {
-        let by_default = match self.header.get("tokenizer.ggml.pre") {
+        let by_default = match self.header.get(key::PRE) {
             Some(Value::Text(name)) if model == "gpt2" => {
                 Pre::from_name(name).is_some_and(|pre| pre.add_bos)
             }
             _ => model == "llama",
         };
         Flags {
-            add_bos: self.flag("tokenizer.ggml.add_bos_token").unwrap_or(by_default),
-            add_eos: self.flag("tokenizer.ggml.add_eos_token").unwrap_or(false),
+            add_bos: self.flag(key::ADD_BOS).unwrap_or(by_default),
+            add_eos: self.flag(key::ADD_EOS).unwrap_or(false),
         }
     }
 
@@ -285,7 +293,7 @@ impl<'h> Reader<'h, '_> {
         flags: Flags,
         notes: &mut Vec<String>,
     ) -> Result<Json, CheckpointError> {
-        let pre = match self.header.get("tokenizer.ggml.pre") {
+        let pre = match self.header.get(key::PRE) {
             Some(Value::Text(name)) => Pre::from_name(name).ok_or_else(|| {
                 let what = format!("pre-tokenizer `{name}` of the GGUF file is not supported");
                 CheckpointError::Unsupported {
@@ -297,10 +305,10 @@ impl<'h> Reader<'h, '_> {
             _ => Pre::from_name("gpt-2")
                 .ok_or_else(|| self.malformed("tokenizer.ggml.pre", "a name", "nothing".into()))?,
         };
-        if matches!(self.header.get("tokenizer.ggml.pre"), None | Some(Value::Text("default"))) {
+        if matches!(self.header.get(key::PRE), None | Some(Value::Text("default"))) {
             notes.push("the file does not say how words are cut; taken as in GPT-2".into());
         }
-        let key = "tokenizer.ggml.merges";
+        let key = key::MERGES;
         let Some(merges) = self.merges(vocabulary)? else {
             return Err(self.malformed(key, "a list of merges", "nothing".into()));
         };
@@ -330,7 +338,7 @@ impl<'h> Reader<'h, '_> {
         &self,
         vocabulary: &Vocabulary,
     ) -> Result<Option<Vec<[&'h str; 2]>>, CheckpointError> {
-        let key = "tokenizer.ggml.merges";
+        let key = key::MERGES;
         let Some(texts) = self.texts(key)? else { return Ok(None) };
         let mut joined = String::new();
         let mut pair = |(i, merge): (usize, &'h str)| {
@@ -372,8 +380,7 @@ impl<'h> Reader<'h, '_> {
             json!({ "type": "ByteFallback" }),
             json!({ "type": "Fuse" }),
         ];
-        let prefix =
-            !self.is_gemma() && self.flag("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+        let prefix = !self.is_gemma() && self.flag(key::ADD_SPACE_PREFIX).unwrap_or(true);
         let normalizer = if prefix {
             decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
             let prepend = json!({ "type": "Prepend", "prepend": SPACE });
@@ -404,8 +411,8 @@ impl<'h> Reader<'h, '_> {
         &self,
         vocabulary: &Vocabulary,
     ) -> Result<Vec<[String; 2]>, CheckpointError> {
-        let key = "tokenizer.ggml.scores";
-        let listed = self.list("tokenizer.ggml.tokens")?.map_or(0, |list| list.len());
+        let key = key::SCORES;
+        let listed = self.list(key::TOKENS)?.map_or(0, |list| list.len());
         let scores = self.numbers(key, listed)?;
         if scores.is_empty() {
             return Err(self.malformed(key, "one score for each token", "nothing".into()));
@@ -498,7 +505,7 @@ impl<'h> Reader<'h, '_> {
                 }
             }
         }
-        if let Some(Value::Text(template)) = self.header.get("tokenizer.chat_template") {
+        if let Some(Value::Text(template)) = self.header.get(key::CHAT_TEMPLATE) {
             config.insert("chat_template".into(), json!(template));
         }
         config.insert("clean_up_tokenization_spaces".into(), json!(false));
@@ -513,7 +520,7 @@ impl<'h> Reader<'h, '_> {
 }
 
 /// Names in `tokenizer_config.json`, and keys below `tokenizer.ggml.`.
-const SPECIALS: &[(&str, &str)] = &[
+pub(super) const SPECIALS: &[(&str, &str)] = &[
     ("bos_token", "bos_token_id"),
     ("eos_token", "eos_token_id"),
     ("unk_token", "unknown_token_id"),
