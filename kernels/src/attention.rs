@@ -1,10 +1,14 @@
 //! Causal attention with grouped key-value heads.
 
+mod decode;
 pub(crate) mod panel;
 pub(crate) mod prefill;
 
 use crate::error::KernelError;
 use crate::exec::Exec;
+
+/// Up to this many queries go over the cache together.
+const FEW: usize = 3;
 
 /// Sizes and options of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,7 +50,7 @@ pub struct KeyValues<'a> {
 /// `j` at or before the position of `t` and inside the window.
 ///
 /// * `q`: `[tokens, heads * qk_dim]`; `out`: `[tokens, heads * v_dim]`; f32 sums
-/// * the same bits for any number of threads
+/// * the same bits for any number of threads; with `exec.batch_invariant` also for any number of queries
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
@@ -54,31 +58,81 @@ pub fn attention(
     q: &[f32],
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
-    exec: &Exec,
     out: &mut [f32],
+    exec: &Exec,
 ) -> Result<(), KernelError> {
-    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
+    let AttentionSpec { heads, qk_dim, .. } = *spec;
     let tokens = q.len() / (heads * qk_dim).max(1);
-    KernelError::check("queries", tokens * heads * qk_dim, q.len())?;
-    KernelError::check("attention output", tokens * heads * v_dim, out.len())?;
-    let reach = |strides: (usize, usize), dim| {
-        kv.count.saturating_sub(1) * strides.0 + kv_heads.saturating_sub(1) * strides.1 + dim
-    };
-    for (what, needed, found) in [
-        ("keys", reach(kv.key_strides, qk_dim), kv.keys.len()),
-        ("values", reach(kv.value_strides, v_dim), kv.values.len()),
-        ("key positions", tokens, kv.count),
-        ("heads in each group", kv_heads, if kv_heads == 0 { 1 } else { heads - heads % kv_heads }),
-    ] {
-        if found < needed {
-            return Err(KernelError::Length { what, expected: needed, found });
-        }
-    }
+    check(q, &[kv], tokens, spec, out)?;
     if tokens == 0 {
         return Ok(());
     }
-    KernelError::check("heads, a multiple of key-value heads", heads - heads % kv_heads, heads)?;
-    prefill::prefill(q, kv, spec, tokens, exec, out);
+    if tokens <= FEW && !exec.batch_invariant {
+        decode::decode(q, &[kv], tokens, spec, out, exec.isa);
+    } else {
+        prefill::prefill(q, kv, spec, tokens, exec, out);
+    }
+    Ok(())
+}
+
+/// Attention of several sequences with one query each, which stands at the last key of its sequence.
+///
+/// * `q`: `[sequences, heads * qk_dim]`; `out`: `[sequences, heads * v_dim]`
+/// * each sequence as [`attention()`] has it by itself, to the bit, whatever the number of threads
+///
+/// # Errors
+/// [`KernelError::Length`] if a slice does not fit the sizes.
+pub fn attention_lanes(
+    q: &[f32],
+    sequences: &[KeyValues<'_>],
+    spec: &AttentionSpec,
+    out: &mut [f32],
+    exec: &Exec,
+) -> Result<(), KernelError> {
+    check(q, sequences, 1, spec, out)?;
+    if !exec.batch_invariant && !sequences.is_empty() {
+        decode::decode(q, sequences, 1, spec, out, exec.isa);
+        return Ok(());
+    }
+    let (q_width, width) = (spec.heads * spec.qk_dim, spec.heads * spec.v_dim);
+    for (i, kv) in sequences.iter().enumerate() {
+        let q = &q[i * q_width..(i + 1) * q_width];
+        prefill::prefill(q, *kv, spec, 1, exec, &mut out[i * width..(i + 1) * width]);
+    }
+    Ok(())
+}
+
+/// Whether `tokens` queries for each sequence, its keys and values, and the output have the sizes they need.
+fn check(
+    q: &[f32],
+    sequences: &[KeyValues<'_>],
+    tokens: usize,
+    spec: &AttentionSpec,
+    out: &[f32],
+) -> Result<(), KernelError> {
+    let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
+    let queries = sequences.len() * tokens;
+    KernelError::check("queries", queries * heads * qk_dim, q.len())?;
+    KernelError::check("attention output", queries * heads * v_dim, out.len())?;
+    for kv in sequences {
+        let reach = |strides: (usize, usize), dim| {
+            kv.count.saturating_sub(1) * strides.0 + kv_heads.saturating_sub(1) * strides.1 + dim
+        };
+        for (what, needed, found) in [
+            ("keys", reach(kv.key_strides, qk_dim), kv.keys.len()),
+            ("values", reach(kv.value_strides, v_dim), kv.values.len()),
+            ("key positions", tokens, kv.count),
+        ] {
+            if found < needed {
+                return Err(KernelError::Length { what, expected: needed, found });
+            }
+        }
+    }
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let what = "heads, a multiple of key-value heads";
+        let expected = heads.checked_div(kv_heads).map_or(0, |g| g.max(1) * kv_heads);
+        return Err(KernelError::Length { what, expected, found: heads });
+    }
     Ok(())
 }
 
@@ -87,12 +141,18 @@ mod tests {
     use super::*;
     use crate::Isa;
 
-    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+    pub(super) fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
     }
 
     /// The formula, in f64, key by key.
-    fn plain(q: &[f32], k: &[f32], v: &[f32], tokens: usize, s: &AttentionSpec) -> Vec<f64> {
+    pub(super) fn plain(
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        tokens: usize,
+        s: &AttentionSpec,
+    ) -> Vec<f64> {
         let keys = k.len() / (s.kv_heads * s.qk_dim);
         let mut out = vec![0.0; tokens * s.heads * s.v_dim];
         for t in 0..tokens {
@@ -121,7 +181,7 @@ mod tests {
         out
     }
 
-    fn flat<'a>(k: &'a [f32], v: &'a [f32], s: &AttentionSpec) -> KeyValues<'a> {
+    pub(super) fn flat<'a>(k: &'a [f32], v: &'a [f32], s: &AttentionSpec) -> KeyValues<'a> {
         let (kw, vw) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
         KeyValues {
             keys: k,
@@ -153,7 +213,7 @@ mod tests {
                 let (q, k, v) =
                     (numbers(tokens * 24, 1), numbers(keys * 12, 2), numbers(keys * 10, 3));
                 let mut out = vec![f32::NAN; tokens * 20];
-                attention(&q, flat(&k, &v, &s), &s, &exec, &mut out).unwrap();
+                attention(&q, flat(&k, &v, &s), &s, &mut out, &exec).unwrap();
                 for (o, e) in out.iter().zip(plain(&q, &k, &v, tokens, &s)) {
                     assert!((*o as f64 - e).abs() < 1e-5, "{isa:?} {tokens} {keys} {window:?}");
                 }
@@ -176,7 +236,7 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; 150 * 96];
-            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &Exec::default(), &mut out))
+            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &mut out, &Exec::default()))
                 .unwrap();
             out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
@@ -201,7 +261,7 @@ mod tests {
             let run = |from: usize, to: usize| {
                 let kv = flat(&k[..to * 5], &v[..to * 7], &s);
                 let mut out = vec![0.0; (to - from) * 14];
-                attention(&q[from * 10..to * 10], kv, &s, &exec, &mut out).unwrap();
+                attention(&q[from * 10..to * 10], kv, &s, &mut out, &exec).unwrap();
                 out
             };
             let all = run(0, 230);
@@ -223,13 +283,18 @@ mod tests {
             window: None,
         };
         let (k, mut out) = ([0.0; 4], [0.0; 12]);
-        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &Exec::default(), &mut out).is_err());
-        assert!(
-            attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &Exec::default(), &mut out[..8])
-                .is_err()
-        );
-        assert!(
-            attention(&[0.0; 8], flat(&k, &k, &s), &s, &Exec::default(), &mut out[..7]).is_err()
-        );
+        let exec = &Exec::default();
+        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &mut out, exec).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &mut out[..8], exec).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &mut out[..7], exec).is_err());
+        let kv = flat(&k, &k, &s);
+        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &mut out[..8], exec).is_ok());
+        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &mut out[..8], exec).is_err());
+        let none = KeyValues { count: 0, ..kv };
+        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &mut out[..8], exec).is_err());
+        for kv_heads in [0, 3] {
+            let s = AttentionSpec { kv_heads, ..s };
+            assert!(attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &mut out[..4], exec).is_err());
+        }
     }
 }

@@ -59,7 +59,7 @@ pub fn moe_backward(
         linear(&input, expert.gate, None, &mut gate, &crate::Exec::default())?;
         linear(&input, expert.up, None, &mut up, &crate::Exec::default())?;
         let mut d_h = vec![0.0; (to - from) * inter];
-        linear_backward(&d_rows, expert.down, &Exec::default(), &mut d_h, Into::Overwrite)?;
+        linear_backward(&d_rows, expert.down, &mut d_h, Into::Overwrite, &Exec::default())?;
         // a . f(g) u is (a f(g)) . u: the gradient of `up`, before its weight, gives that of the weight.
         let (mut d_gate, mut d_up) = (gate, up.clone());
         activation.gate_backward(&mut d_gate, &mut d_up, &d_h);
@@ -72,8 +72,8 @@ pub fn moe_backward(
         }
         if d_x.is_some() {
             let d_rows = &mut d_pairs[from * hidden..to * hidden];
-            linear_backward(&d_gate, expert.gate, &Exec::default(), d_rows, Into::Overwrite)?;
-            linear_backward(&d_up, expert.up, &Exec::default(), d_rows, Into::Add)?;
+            linear_backward(&d_gate, expert.gate, d_rows, Into::Overwrite, &Exec::default())?;
+            linear_backward(&d_up, expert.up, d_rows, Into::Add, &Exec::default())?;
         }
     }
     if let Some(d_x) = d_x
