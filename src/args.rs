@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moe_merge_kernels::Exec;
 
 /// Merge fine-tuned checkpoints of one base into a mixture-of-experts model.
 #[derive(Debug, Parser)]
@@ -130,6 +131,25 @@ pub struct LogitsArgs {
     pub out: PathBuf,
 }
 
+/// How activations enter products with 16-bit weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accuracy {
+    /// As 32-bit numbers
+    Exact,
+    /// Rounded to bf16 with bf16 weights where the processor multiplies them at once
+    Fast,
+}
+
+impl Accuracy {
+    /// Products so.
+    pub fn exec(self) -> Exec {
+        match self {
+            Self::Exact => Exec::default(),
+            Self::Fast => Exec::fast(),
+        }
+    }
+}
+
 /// Arguments of `perplexity`.
 #[derive(Debug, Args)]
 pub struct PerplexityArgs {
@@ -144,6 +164,9 @@ pub struct PerplexityArgs {
     /// Text tokens from window to window (by default windows do not overlap)
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
+    /// How activations enter products with 16-bit weights
+    #[arg(long, value_enum, default_value_t = Accuracy::Exact)]
+    pub accuracy: Accuracy,
 }
 
 /// Arguments of `generate`.
@@ -175,6 +198,9 @@ pub struct GenerateArgs {
     /// Go on after end-of-text tokens, for timing
     #[arg(long)]
     pub ignore_eos: bool,
+    /// How activations enter products with 16-bit weights
+    #[arg(long, value_enum, default_value_t = Accuracy::Fast)]
+    pub accuracy: Accuracy,
 }
 
 /// Arguments of `route`.

@@ -13,16 +13,25 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
+use moe_merge_kernels::Isa;
+
 use crate::args::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     exit::on_interrupt();
     log_to_stderr(cli.common.verbose);
+    if let Err(error) = Isa::from_environment() {
+        return render::failure(&error.into());
+    }
     if let Some(threads) = cli.common.threads {
         // It fails only where a pool exists already, which nothing before this makes.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
     }
+    run(&cli)
+}
+
+fn run(cli: &Cli) -> ExitCode {
     let outcome = match (&cli.command, &cli.build) {
         (Some(command), _) => commands::run(command, &cli.common),
         (None, Some(recipe)) => commands::build(recipe, &cli.common),

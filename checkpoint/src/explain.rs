@@ -1,5 +1,7 @@
 //! What every error of the project can tell a person.
 
+use moe_merge_kernels::{ISA_VARIABLE, KernelError};
+
 /// What kind of thing went wrong; the command line turns it into its exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -30,5 +32,23 @@ pub trait Explain: std::error::Error {
     /// What to do next.
     fn hint(&self) -> Option<String> {
         None
+    }
+}
+
+impl Explain for KernelError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Isa { .. } => Kind::Usage,
+            _ => Kind::Input,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Isa { .. } => {
+                Some(format!("unset `{ISA_VARIABLE}`, or name one that this processor has"))
+            }
+            _ => None,
+        }
     }
 }

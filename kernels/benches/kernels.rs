@@ -112,7 +112,7 @@ fn prefill(threads: usize) {
             let (exec, into) = (Exec::default(), dense::Into::Overwrite);
             let (time, limit) = in_turn(
                 &mut || {
-                    linear_backward(&dy, weight, black_box(&mut dx), into, &exec)
+                    linear_backward(&dy, weight, &exec, black_box(&mut dx), into)
                         .expect("sizes fit")
                 },
                 &mut || square_products(&a, &b, black_box(&mut square), threads),
@@ -185,7 +185,7 @@ fn rest() {
     let mut out = vec![0.0; tokens * 576];
     let (mut gate, up) = (numbers(tokens * 1536), numbers(tokens * 1536));
     let (attended, gated) = in_turn(
-        &mut || attention(&q, kv, &spec, black_box(&mut out), &Exec::default()).expect("sizes fit"),
+        &mut || attention(&q, kv, &spec, &Exec::default(), black_box(&mut out)).expect("sizes fit"),
         &mut || Activation::Silu.gate(black_box(&mut gate), &up),
     );
     let d_out = numbers(tokens * 576);

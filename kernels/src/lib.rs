@@ -16,13 +16,14 @@
 compile_error!("weights are stored little-endian; big-endian targets are not supported");
 
 pub mod activation;
+#[cfg(test)]
+mod allocations;
 pub mod attention;
 mod attention_backward;
 pub mod cast;
 pub mod dense;
 pub mod dispatch;
 mod dispatch_backward;
-mod dot;
 mod error;
 mod exec;
 mod expert;

@@ -26,7 +26,8 @@ pub(crate) fn for_each(tasks: usize, worth_sharing: bool, work: impl Fn(usize) +
     if rayon::current_thread_index().is_some() {
         spread(threads, &take);
     } else {
-        // A join would put this thread to sleep and wake two others.
+        // A join would put this thread to sleep and wake two others. This way costs a tenth of a region of 150 us on a busy
+        // machine, where the one above costs nothing: models run inside the pool.
         rayon::in_place_scope(|scope| {
             for _ in 1..threads {
                 scope.spawn(|_| take());

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::{LogSumExp, MatView, Routing, linear};
+use moe_merge_kernels::{Exec, LogSumExp, MatView, Routing, linear};
 
 use crate::error::ModelError;
 use crate::layer::{Gating, Layer, Past, norm};
@@ -260,7 +260,7 @@ impl Search<'_> {
             let (bytes, dtype) = head_block(&head, from, to)?;
             let block = MatView::new(&bytes, dtype, to - from, self.spec.hidden)?;
             logits.resize(rows * (to - from), 0.0);
-            linear(&x, block, None, &mut logits)?;
+            linear(&x, block, None, &mut logits, &Exec::default())?;
             self.spec.finish_logits(&mut logits);
             see(from, &logits, to - from);
         }

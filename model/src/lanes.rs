@@ -1,8 +1,7 @@
 //! Attention of many sequences that go forward together, one token each.
 
 use candle_core::{Device, Tensor};
-use moe_merge_kernels::{self as kernels, AttentionSpec};
-use rayon::prelude::*;
+use moe_merge_kernels::{self as kernels, AttentionSpec, Exec};
 
 use crate::cache::LayerCache;
 use crate::error::ModelError;
@@ -24,18 +23,15 @@ pub(crate) fn attend(
         return Err(candle_core::Error::msg("as many caches as sequences are needed").into());
     }
     let (q, k, v) = (to_vec(q)?, to_vec(k)?, to_vec(v)?);
-    let (q_width, width) = (spec.heads * spec.qk_dim, spec.heads * spec.v_dim);
+    let width = spec.heads * spec.v_dim;
     let (k_width, v_width) = (spec.kv_heads * spec.qk_dim, spec.kv_heads * spec.v_dim);
-    let mut out = vec![0.0; lanes * width];
-    let rows = q
-        .par_chunks_exact(q_width)
-        .zip(k.par_chunks_exact(k_width))
-        .zip(v.par_chunks_exact(v_width))
-        .zip(out.par_chunks_exact_mut(width))
-        .zip(caches.par_iter_mut().zip(lens));
-    rows.try_for_each(|((((q, k), v), out), (cache, &len))| {
+    let rows = k.chunks_exact(k_width).zip(v.chunks_exact(v_width));
+    for (((k, v), cache), &len) in rows.zip(&mut *caches).zip(lens) {
         cache.put(len, k, v);
-        kernels::attention(q, cache.view(len + 1), spec, out).map_err(candle_core::Error::wrap)
-    })?;
+    }
+    let held: Vec<_> = caches.iter().zip(lens).map(|(cache, len)| cache.view(len + 1)).collect();
+    let mut out = vec![0.0; lanes * width];
+    kernels::attention_lanes(&q, &held, spec, &Exec::default(), &mut out)
+        .map_err(candle_core::Error::wrap)?;
     Ok(Tensor::from_vec(out, (lanes, width), &Device::Cpu)?)
 }

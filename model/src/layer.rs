@@ -479,7 +479,7 @@ fn gated(weights: &Weights, at: &str, fused: bool, inter: usize) -> Result<Exper
 /// `at` is the layer's prefix, dot included.
 fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<Feed, ModelError> {
     let plain = |name: &str| -> Result<FrozenLinear, ModelError> {
-        Ok(FrozenLinear::new(weights.get(&format!("{at}{name}"))?, None))
+        Ok(weights.frozen(weights.get(&format!("{at}{name}"))?, None))
     };
     let experts: Vec<Expert> = if moe.names == ExpertNames::Granite {
         stacked_experts(weights, moe, at, hidden)?
@@ -493,7 +493,8 @@ fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<
     };
     let bias = moe.selection_bias.map(|name| weights.vector(&format!("{at}{name}"))).transpose()?;
     let shared = moe.shared.as_ref().map(|s| load_shared(weights, s, at)).transpose()?;
-    let router = plain(moe.names.router())?;
+    // Which experts a token visits must not hang on how its activations are rounded.
+    let router = plain(moe.names.router())?.exact();
     let experts = experts.into();
     Ok(Feed::Moe(Box::new(Moe { spec: moe.clone(), router, bias, experts, shared })))
 }
@@ -509,7 +510,7 @@ fn stacked_experts(
     let output = weights.get(&format!("{at}block_sparse_moe.output_linear.weight"))?;
     let slice = |from: &moe_merge_checkpoint::WeightRef, part: usize, rows: usize| {
         let rows = part * rows..(part + 1) * rows;
-        FrozenLinear::new(Arc::new(RowSlice::new(from.clone(), rows)), None)
+        weights.frozen(Arc::new(RowSlice::new(from.clone(), rows)), None)
     };
     Ok((0..moe.experts)
         .map(|e| Expert {

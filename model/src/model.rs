@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{RopeSpec, RopeTable};
+use moe_merge_kernels::{Exec, RopeSpec, RopeTable};
 
 use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
@@ -38,8 +38,16 @@ impl Model {
     /// # Errors
     /// [`ModelError::Config`] for what is not done; [`ModelError::Checkpoint`] for missing or misshapen tensors.
     pub fn open(source: &Source) -> Result<Self, ModelError> {
+        Self::open_with(source, Exec::default())
+    }
+
+    /// As [`Model::open`], with products computed as `exec` says; routers choose by exact ones in any case.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_with(source: &Source, exec: Exec) -> Result<Self, ModelError> {
         let spec = Spec::of(source)?;
-        let weights = Weights::new(source, &spec)?;
+        let weights = Weights::new(source, &spec)?.computed(exec);
         let embedding = weights.get("model.embed_tokens.weight")?;
         let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
         Ok(Self {
@@ -47,7 +55,7 @@ impl Model {
                 .map(|l| Layer::load(&weights, &spec, l))
                 .collect::<Result<_, _>>()?,
             norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: FrozenLinear::new(head, None),
+            head: weights.frozen(head, None),
             embedding,
             spec,
         })
@@ -74,6 +82,15 @@ impl Model {
             return Ok(Vec::new());
         }
         cache.check(tokens.len())?;
+        in_pool(|| self.forward_checked(tokens, cache, rows))
+    }
+
+    fn forward_checked(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: LogitRows,
+    ) -> Result<Vec<f32>, ModelError> {
         let start = cache.len() as u32;
         let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
         let mut tables = Tables::new(&positions);
@@ -98,6 +115,16 @@ impl Model {
     ///
     /// The caller has checked that the tokens have room.
     pub(crate) fn forward_lanes(
+        &self,
+        tokens: &[u32],
+        lens: &[usize],
+        caches: &mut [&mut [LayerCache]],
+        rows: &[u32],
+    ) -> Result<Vec<f32>, ModelError> {
+        in_pool(|| self.lanes_checked(tokens, lens, caches, rows))
+    }
+
+    fn lanes_checked(
         &self,
         tokens: &[u32],
         lens: &[usize],
@@ -155,6 +182,12 @@ impl Model {
         self.spec.finish_logits(&mut logits);
         Ok(logits)
     }
+}
+
+/// Does `work` on a thread of the pool: one that stands outside would put itself to sleep and wake two others whenever work is
+/// shared.
+fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 
 /// Rotary tables of one pass, one for each set of frequencies.

@@ -12,13 +12,13 @@ use candle_core::{
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
 use moe_merge_kernels::{
-    Activation, AttentionSpec, ExpertView, KernelError, KeyValues, MatView, RopeTable, RouterSpec,
-    Routing, activation, dense,
+    Accuracy, Activation, AttentionSpec, Exec, ExpertView, KernelError, KeyValues, MatView,
+    RopeTable, RouterSpec, Routing, activation, dense,
 };
 use rayon::prelude::*;
 
 /// The numbers of a contiguous f32 argument.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let all = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((from, to)) => Ok(&all[from..to]),
@@ -26,7 +26,7 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-fn refused(error: KernelError) -> candle_core::Error {
+pub(crate) fn refused(error: KernelError) -> candle_core::Error {
     candle_core::Error::wrap(error)
 }
 
@@ -36,7 +36,7 @@ pub(crate) fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Numbers as a tensor of the shape of `like`.
-fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+pub(crate) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(values, like.shape(), &Device::Cpu)
 }
 
@@ -61,13 +61,20 @@ where
 pub(crate) struct FrozenLinear {
     /// `[out, in]`, with bytes of its own.
     weight: WeightRef,
-    bias: Option<Arc<[f32]>>,
+    pub bias: Option<Arc<[f32]>>,
+    pub exec: Exec,
 }
 
 impl FrozenLinear {
     /// `weight` has two axes and bytes: the loader sees to it.
-    pub fn new(weight: WeightRef, bias: Option<Arc<[f32]>>) -> Self {
-        Self { weight, bias }
+    pub fn new(weight: WeightRef, bias: Option<Arc<[f32]>>, exec: Exec) -> Self {
+        Self { weight, bias, exec }
+    }
+
+    /// The same, with activations as f32 whatever it was made with.
+    pub fn exact(self) -> Self {
+        let exec = Exec { accuracy: Accuracy::Exact, ..self.exec };
+        Self { exec, ..self }
     }
 
     /// The weight as a matrix.
@@ -94,14 +101,14 @@ impl CustomOp1 for FrozenLinear {
         let (x, w) = (values(storage, layout)?, self.view()?);
         let tokens = layout.shape().dims2()?.0;
         let mut out = vec![0.0; tokens * w.rows()];
-        kernels::linear(x, w, self.bias.as_deref(), &mut out).map_err(refused)?;
+        kernels::linear(x, w, self.bias.as_deref(), &mut out, &self.exec).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, w.rows()).into()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
-        kernels::linear_backward(&to_vec(grad)?, self.view()?, &mut dx, dense::Into::Overwrite)
-            .map_err(refused)?;
+        let (dy, into) = (to_vec(grad)?, dense::Into::Overwrite);
+        kernels::linear_backward(&dy, self.view()?, &self.exec, &mut dx, into).map_err(refused)?;
         Ok(Some(tensor_like(dx, x)?))
     }
 }
@@ -344,7 +351,7 @@ impl CustomOp3 for SelfAttention {
         let tokens = q_layout.shape().dims2()?.0;
         let (q_width, out_width) = (s.heads * s.qk_dim, s.heads * s.v_dim);
         let (k_width, v_width) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
-        let mut out = vec![0.0; tokens * out_width];
+        let (mut out, exec) = (vec![0.0; tokens * out_width], Exec::default());
         for rows in self.sequences.iter() {
             let part = |width: usize| rows.start * width..rows.end * width;
             let kv = KeyValues {
@@ -354,7 +361,7 @@ impl CustomOp3 for SelfAttention {
                 key_strides: (k_width, s.qk_dim),
                 value_strides: (v_width, s.v_dim),
             };
-            kernels::attention(&q[part(q_width)], kv, s, &mut out[part(out_width)])
+            kernels::attention(&q[part(q_width)], kv, s, &exec, &mut out[part(out_width)])
                 .map_err(refused)?;
         }
         Ok((CpuStorage::F32(out), (tokens, out_width).into()))
@@ -365,15 +372,15 @@ impl CustomOp3 for SelfAttention {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _: &Tensor,
+        out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let s = &self.spec;
-        let tensors = [q, k, v, grad];
+        let (s, exec) = (&self.spec, Exec::default());
+        let out_width = s.heads * s.v_dim;
         let widths =
-            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, s.heads * s.v_dim];
+            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, out_width, out_width];
         let mut all = Vec::new();
-        for tensor in tensors {
+        for tensor in [q, k, v, out, grad] {
             all.push(to_vec(tensor)?);
         }
         let parts: Vec<kernels::AttentionGradients> = self
@@ -381,7 +388,7 @@ impl CustomOp3 for SelfAttention {
             .par_iter()
             .map(|rows| {
                 let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
-                kernels::attention_backward(part(0), part(1), part(2), part(3), s)
+                kernels::attention_backward([part(0), part(1), part(2)], part(3), part(4), s, &exec)
             })
             .collect::<std::result::Result<_, _>>()
             .map_err(refused)?;
@@ -415,7 +422,7 @@ impl CustomOp1 for CachedAttention<'_> {
         let tokens = layout.shape().dims2()?.0;
         let width = self.spec.heads * self.spec.v_dim;
         let mut out = vec![0.0; tokens * width];
-        kernels::attention(q, self.kv, &self.spec, &mut out).map_err(refused)?;
+        kernels::attention(q, self.kv, &self.spec, &Exec::default(), &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }
@@ -521,7 +528,13 @@ pub(crate) struct Expert {
 }
 
 impl Experts {
-    fn views(&self) -> Result<Vec<ExpertView<'_>>> {
+    /// How products with them are computed.
+    pub fn exec(&self) -> Exec {
+        self.experts.first().map_or_else(Exec::default, |e| e.gate.exec)
+    }
+
+    /// The matrices of each.
+    pub fn views(&self) -> Result<Vec<ExpertView<'_>>> {
         let views = self.experts.iter().map(|Expert { gate, up, down }| {
             Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
         });
@@ -546,7 +559,8 @@ impl CustomOp2 for Experts {
         }
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
-        kernels::moe_forward(x, &self.routing, &self.views()?, self.activation, &mut out)
+        let (views, exec) = (self.views()?, self.exec());
+        kernels::moe_forward(x, &self.routing, &views, self.activation, &mut out, &exec)
             .map_err(refused)?;
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
@@ -567,6 +581,7 @@ impl CustomOp2 for Experts {
             self.activation,
             &d_out,
             d_x.as_deref_mut(),
+            &self.exec(),
         )
         .map_err(refused)?;
         let d_weights = weights.track_op().then(|| tensor_like(d_weights, weights)).transpose()?;

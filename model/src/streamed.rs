@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{Dtype, LogSumExp, MatView, Routing, linear};
+use moe_merge_kernels::{Dtype, Exec, LogSumExp, MatView, Routing, linear};
 use rayon::prelude::*;
 
 use crate::error::ModelError;
@@ -232,7 +232,7 @@ fn score(
         let results = totals.chunks_mut(HEAD_TOKENS).zip(own.chunks_mut(HEAD_TOKENS));
         for ((places, states), (totals, own)) in chunks.zip(results) {
             logits.resize(places.len() * (to - from), 0.0);
-            linear(states, block, None, &mut logits).map_err(ModelError::from)?;
+            linear(states, block, None, &mut logits, &Exec::default()).map_err(ModelError::from)?;
             let rows = logits.par_chunks_mut(to - from).zip(places);
             rows.zip(totals).zip(own).for_each(|(((row, place), total), own)| {
                 spec.finish_logits(row);

@@ -1,7 +1,7 @@
 //! Where the tokens of texts go, layer by layer, with what every router thought of every expert.
 
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::{RouterSpec, Routing, Score, activation, route, softmax};
+use moe_merge_kernels::{Exec, RouterSpec, Routing, Score, activation, route, softmax};
 
 use crate::error::ModelError;
 use crate::perplexity::Windows;
@@ -150,7 +150,7 @@ struct Router<'a> {
 impl<'a> Router<'a> {
     fn load(weights: &Weights, moe: &'a MoeMlp, layer: usize) -> Result<Self, ModelError> {
         let at = |name: &str| format!("model.layers.{layer}.{name}");
-        let gate = crate::ops::FrozenLinear::new(weights.get(&at(moe.names.router()))?, None);
+        let gate = weights.frozen(weights.get(&at(moe.names.router()))?, None);
         let bias = moe.selection_bias.map(|name| weights.vector(&at(name))).transpose()?;
         Ok(Self { layer, moe, gate, bias })
     }
@@ -159,7 +159,7 @@ impl<'a> Router<'a> {
     fn apply(&self, input: &[f32], hidden: usize) -> Result<(Routing, Vec<f32>), ModelError> {
         let (tokens, experts) = (input.len() / hidden, self.moe.experts);
         let mut logits = vec![0.0; tokens * experts];
-        moe_merge_kernels::linear(input, self.gate.view()?, None, &mut logits)?;
+        moe_merge_kernels::linear(input, self.gate.view()?, None, &mut logits, &Exec::default())?;
         let routing = route(&logits, tokens, experts, self.bias.as_deref(), &self.moe.router)
             .map_err(|source| ModelError::Router { layer: self.layer, source })?;
         logits.chunks_exact_mut(experts).for_each(|row| shares(row, &self.moe.router));

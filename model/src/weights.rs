@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use moe_merge_checkpoint::weight::{OwnedWeight, RowSlice};
 use moe_merge_checkpoint::{CheckpointError, Source, WeightRef};
+use moe_merge_kernels::Exec;
 
 use crate::error::ModelError;
 use crate::ops::FrozenLinear;
@@ -16,15 +17,28 @@ pub(crate) struct Weights {
     tensors: BTreeMap<String, WeightRef>,
     expected: BTreeMap<String, Vec<usize>>,
     path: PathBuf,
+    exec: Exec,
 }
 
 impl Weights {
+    /// Products with them are exact.
     pub fn new(source: &Source, spec: &Spec) -> Result<Self, ModelError> {
         Ok(Self {
             tensors: source.tensors.clone(),
             expected: spec.expected_tensors().into_iter().collect(),
             path: source.path.clone(),
+            exec: Exec::default(),
         })
+    }
+
+    /// The same, with products as `exec` says.
+    pub fn computed(self, exec: Exec) -> Self {
+        Self { exec, ..self }
+    }
+
+    /// A linear layer of `weight`.
+    pub fn frozen(&self, weight: WeightRef, bias: Option<Arc<[f32]>>) -> FrozenLinear {
+        FrozenLinear::new(weight, bias, self.exec)
     }
 
     /// Whether the spec expects a tensor of this name.
@@ -63,7 +77,7 @@ impl Weights {
     pub fn linear(&self, module: &str) -> Result<FrozenLinear, ModelError> {
         let bias = format!("{module}.bias");
         let bias = if self.expects(&bias) { Some(self.vector(&bias)?) } else { None };
-        Ok(FrozenLinear::new(self.get(&format!("{module}.weight"))?, bias))
+        Ok(self.frozen(self.get(&format!("{module}.weight"))?, bias))
     }
 
     /// `MODULE.weight` (and bias) cut into linear layers of so many rows each.
@@ -80,7 +94,7 @@ impl Weights {
             let range = from..from + rows;
             from += rows;
             let bias = bias.as_ref().map(|b| b[range.clone()].into());
-            FrozenLinear::new(Arc::new(RowSlice::new(weight.clone(), range)), bias)
+            self.frozen(Arc::new(RowSlice::new(weight.clone(), range)), bias)
         }))
     }
 

@@ -33,7 +33,7 @@ pub fn run(args: &GenerateArgs, common: &Common) -> Result<Outcome, Failure> {
         },
         end_of_text: if args.ignore_eos { EndOfText::Ignore } else { EndOfText::Stop },
     };
-    let model = Model::open(&source)?;
+    let model = Model::open_with(&source, args.accuracy.exec())?;
     let interrupt = exit::interrupt();
     let mut broken = None;
     let mut show = |piece: &str| {

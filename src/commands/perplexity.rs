@@ -17,7 +17,7 @@ pub fn run(args: &PerplexityArgs, common: &Common) -> Result<Outcome, Failure> {
         args.text.iter().map(|p| super::read_text(p)).collect::<Result<_, _>>()?;
     let source = super::open(&args.path, common)?;
     let tokenizer = Tokenizer::from_source(&source)?;
-    let model = Model::open(&source)?;
+    let model = Model::open_with(&source, args.accuracy.exec())?;
     let window = args.window.unwrap_or(DEFAULT_WINDOW.min(model.spec().max_positions));
     let windows = Windows { window, stride: args.stride };
     let (mut rows, mut computed, mut seconds) = (Vec::new(), 0, 0.0);

@@ -1,7 +1,7 @@
 //! From the last stream to the loss and back, without ever holding all logits.
 
 use moe_merge_kernels::{
-    LogSumExp, MatView, dense, linear, linear_backward, rms_norm, rms_norm_backward, softmax,
+    Exec, LogSumExp, MatView, dense, linear, linear_backward, rms_norm, rms_norm_backward, softmax,
 };
 use rayon::prelude::*;
 
@@ -80,7 +80,8 @@ impl Head<'_> {
             };
             nats.extend(found);
             if let Some(d) = &mut d_states {
-                linear_backward(&logits, self.weight, &mut d[wide], dense::Into::Overwrite)?;
+                let exec = Exec::default();
+                linear_backward(&logits, self.weight, &exec, &mut d[wide], dense::Into::Overwrite)?;
             }
         }
         let gradient = match d_states {
@@ -98,7 +99,7 @@ impl Head<'_> {
     /// Logits as the model gives them, `[rows, vocab]`.
     fn logits(&self, states: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut logits = vec![0.0; states.len() / self.spec.hidden * self.spec.vocab];
-        linear(states, self.weight, None, &mut logits)?;
+        linear(states, self.weight, None, &mut logits, &Exec::default())?;
         let (divisor, cap) = (self.spec.logits_divisor, self.spec.final_softcap);
         if divisor != 1.0 || cap.is_some() {
             logits.par_iter_mut().for_each(|l| {

@@ -100,7 +100,7 @@ impl Network {
                 .map(|l| Layer::load(&weights, &spec, l))
                 .collect::<Result<_, _>>()?,
             norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: FrozenLinear::new(head, None),
+            head: weights.frozen(head, None),
             embedding,
             spec,
         })
