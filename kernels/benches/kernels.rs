@@ -96,7 +96,10 @@ fn prefill(threads: usize) {
             let weight = MatView::new(&bytes, dtype, rows, cols).expect("sizes fit");
             let mut out = vec![0.0; tokens * rows];
             let (time, limit) = in_turn(
-                &mut || linear(&x, weight, None, black_box(&mut out)).expect("sizes fit"),
+                &mut || {
+                    linear(&x, weight, None, black_box(&mut out), &Exec::default())
+                        .expect("sizes fit")
+                },
                 &mut || square_products(&a, &b, black_box(&mut square), threads),
             );
             let speed = 2e-9 * (tokens * rows * cols) as f64 / time;
@@ -133,7 +136,9 @@ fn decode(threads: usize) {
         let weight = MatView::new(&bytes, dtype, rows, cols).expect("sizes fit");
         let (x, mut out) = (numbers(cols), vec![0.0; rows]);
         let (time, limit) = in_turn(
-            &mut || linear(&x, weight, None, black_box(&mut out)).expect("sizes fit"),
+            &mut || {
+                linear(&x, weight, None, black_box(&mut out), &Exec::default()).expect("sizes fit")
+            },
             &mut || {
                 let sums: u64 = bytes.par_chunks(1 << 20).map(sum).reduce(|| 0, u64::wrapping_add);
                 black_box(sums);

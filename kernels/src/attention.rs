@@ -50,7 +50,7 @@ pub struct KeyValues<'a> {
 /// `j` at or before the position of `t` and inside the window.
 ///
 /// * `q`: `[tokens, heads * qk_dim]`; `out`: `[tokens, heads * v_dim]`; f32 sums
-/// * the same bits for any number of threads
+/// * the same bits for any number of threads; with `exec.batch_invariant` also for any number of queries
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
@@ -90,8 +90,14 @@ pub fn attention_lanes(
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     check(q, sequences, 1, spec, out)?;
-    if !sequences.is_empty() {
+    if !exec.batch_invariant && !sequences.is_empty() {
         decode::decode(q, sequences, 1, spec, out, exec.isa);
+        return Ok(());
+    }
+    let (q_width, width) = (spec.heads * spec.qk_dim, spec.heads * spec.v_dim);
+    for (i, kv) in sequences.iter().enumerate() {
+        let q = &q[i * q_width..(i + 1) * q_width];
+        prefill::prefill(q, *kv, spec, 1, exec, &mut out[i * width..(i + 1) * width]);
     }
     Ok(())
 }

@@ -72,20 +72,6 @@ impl<'a, T: Real> Dense<'a, T> {
             ..self
         }
     }
-
-    /// The columns `range`; no number moves.
-    ///
-    /// # Panics
-    /// If there are not so many columns: callers cut matrices whose sizes they know.
-    pub(crate) fn columns(self, range: std::ops::Range<usize>) -> Self {
-        assert!(
-            range.start <= range.end && range.end <= self.cols,
-            "columns {range:?} of {}",
-            self.cols
-        );
-        let from = (range.start * self.col_stride).min(self.data.len());
-        Self { data: &self.data[from..], cols: range.len(), ..self }
-    }
 }
 
 /// What happens to the numbers that [`matmul`] finds in its output.
@@ -127,7 +113,7 @@ pub fn matmul<T: Real>(
         return Ok(());
     }
     let stride = |s: usize| s as isize;
-    // SAFETY: the strides of a `Dense` are those of a row-major matrix, of its transpose, or of some columns of either,
+    // SAFETY: the strides of a `Dense` are those of a row-major matrix or of its transpose,
     // and its data reaches to the end of that matrix, so every index the product reads lies inside `data`; `out` was checked to hold a.rows * b.cols
     // numbers, is row-major, and is borrowed mutably, so it overlaps neither input.
     unsafe {

@@ -1,22 +1,34 @@
 //! Gradients through sparse dispatch.
 
+use std::ops::Range;
+
 use crate::activation::Activation;
-use crate::dense::Into;
-use crate::dispatch::{ExpertView, group};
+use crate::dispatch::{ExpertView, Groups, group};
 use crate::error::KernelError;
 use crate::exec::Exec;
-use crate::linear::linear;
-use crate::linear_backward::linear_backward;
+use crate::expert::{Backward, Expert, Factors, TOKENS, Tokens};
+use crate::lora::ExpertLora;
 use crate::routing::Routing;
+use crate::scratch::Scratch;
+use crate::tasks::{Parts, for_each};
+
+/// Parts of the tokens of an expert with LoRA pairs: each has sums of its own for the factors. Fixed, so that the split (and
+/// with it every bit of the result) does not depend on the number of threads.
+const CHUNKS: usize = 8;
+
+/// Multiply-adds below which handing work to other threads costs more than it gains.
+const ALONE_BELOW: usize = 1 << 18;
 
 /// Gradients of [`crate::moe_forward`] with respect to its input and to the weights of the chosen slots.
 ///
-/// For a pair of token `t` and expert `e` with weight `w`: `a = down_eᵀ d_out[t]`; `g`, `u` are computed again; `dw = a . f(g) u`,
-/// `dx[t] += gate_eᵀ (w a u f'(g)) + up_eᵀ (w a f(g))`, pairs in slot order.
+/// For a pair of token `t` and expert `e` with weight `w`: `a = down_eᵀ d_out[t]`; `dw = a . f(g) u`,
+/// `dx[t] += gate_eᵀ (w a u f'(g)) + up_eᵀ (w a f(g))`, pairs in slot order. Nothing is kept between forward and backward:
+/// `g` and `u` are computed again, block by block.
 ///
 /// * `x`, `d_out`, `d_x` (overwritten; left out where it is not wanted): `[tokens, hidden]`
 /// * returns the gradient of the weights, `[tokens, top_k]`
-/// * f32 sums; the same bits for any number of threads
+/// * f32 activations and sums, whatever the accuracy of `exec`; the same bits for any number of threads
+/// * working memory: `d_x` of every pair, and blocks for each thread
 ///
 /// # Errors
 /// [`KernelError::Length`] or [`KernelError::TopK`] if routing, experts and slices do not fit each other.
@@ -27,83 +39,166 @@ pub fn moe_backward(
     activation: Activation,
     d_out: &[f32],
     d_x: Option<&mut [f32]>,
+    exec: &Exec,
 ) -> Result<Vec<f32>, KernelError> {
-    let (tokens, k) = (routing.tokens, routing.top_k);
-    KernelError::check("routing ids", tokens * k, routing.ids.len())?;
-    KernelError::check("routing weights", tokens * k, routing.weights.len())?;
-    let hidden = experts.first().map_or(0, |e| e.gate.cols());
-    KernelError::check("expert input", tokens * hidden, x.len())?;
-    KernelError::check("gradient of expert output", tokens * hidden, d_out.len())?;
-    if let Some(d_x) = &d_x {
-        KernelError::check("gradient of expert input", tokens * hidden, d_x.len())?;
-    }
-    let groups = group(routing, experts.len())?;
-    let mut d_weights = vec![0.0; tokens * k];
-    let mut d_pairs = vec![0.0; if d_x.is_some() { tokens * k * hidden } else { 0 }]; // [pairs by expert, hidden]
-    for (e, expert) in experts.iter().enumerate() {
-        let (from, to) = (groups.offsets[e] as usize, groups.offsets[e + 1] as usize);
-        if from == to {
-            continue;
-        }
-        let pairs = &groups.order[from..to];
-        let gather = |rows: &[f32]| {
-            let mut gathered = Vec::with_capacity(pairs.len() * hidden);
-            for pair in pairs {
-                gathered.extend_from_slice(&rows[*pair as usize / k * hidden..][..hidden]);
-            }
-            gathered
-        };
-        let inter = expert.gate.rows();
-        let (input, d_rows) = (gather(x), gather(d_out));
-        let (mut gate, mut up) = (vec![0.0; (to - from) * inter], vec![0.0; (to - from) * inter]);
-        linear(&input, expert.gate, None, &mut gate, &crate::Exec::default())?;
-        linear(&input, expert.up, None, &mut up, &crate::Exec::default())?;
-        let mut d_h = vec![0.0; (to - from) * inter];
-        linear_backward(&d_rows, expert.down, &Exec::default(), &mut d_h, Into::Overwrite)?;
-        // a . f(g) u is (a f(g)) . u: the gradient of `up`, before its weight, gives that of the weight.
-        let (mut d_gate, mut d_up) = (gate, up.clone());
-        activation.gate_backward(&mut d_gate, &mut d_up, &d_h);
-        for (i, &pair) in pairs.iter().enumerate() {
-            let (weight, row) = (routing.weights[pair as usize], i * inter..(i + 1) * inter);
-            let (d_gate, d_up) = (&mut d_gate[row.clone()], &mut d_up[row.clone()]);
-            d_weights[pair as usize] = dot(d_up, &up[row]);
-            d_gate.iter_mut().for_each(|d| *d *= weight);
-            d_up.iter_mut().for_each(|d| *d *= weight);
-        }
-        if d_x.is_some() {
-            let d_rows = &mut d_pairs[from * hidden..to * hidden];
-            linear_backward(&d_gate, expert.gate, &Exec::default(), d_rows, Into::Overwrite)?;
-            linear_backward(&d_up, expert.up, &Exec::default(), d_rows, Into::Add)?;
-        }
-    }
-    if let Some(d_x) = d_x
-        && hidden > 0
-    {
-        for (token, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {
-            d_x.fill(0.0);
-            for at in &groups.inverse[token * k..(token + 1) * k] {
-                let row = &d_pairs[*at as usize * hidden..][..hidden];
-                d_x.iter_mut().zip(row).for_each(|(o, v)| *o += v);
-            }
-        }
-    }
-    Ok(d_weights)
+    let block = Block { x, routing, experts, activation, lora: None, exec };
+    Ok(block.backward(d_out, d_x)?.0)
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    for (a, b) in a.chunks(16).zip(b.chunks(16)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
+/// The routed experts of a layer, one of which may have LoRA pairs.
+pub(crate) struct Block<'a> {
+    pub x: &'a [f32],
+    pub routing: &'a Routing,
+    pub experts: &'a [ExpertView<'a>],
+    pub activation: Activation,
+    pub lora: Option<&'a ExpertLora<'a>>,
+    pub exec: &'a Exec,
+}
+
+/// Some pairs of one expert.
+struct Task {
+    expert: usize,
+    /// Which of the pairs by expert.
+    pairs: Range<usize>,
+    /// Which sum of gradients of factors, if the expert has LoRA pairs.
+    chunk: Option<usize>,
+}
+
+impl Block<'_> {
+    /// Checks all sizes, and sorts pairs by expert.
+    pub fn groups(&self) -> Result<Groups, KernelError> {
+        let Block { x, routing, experts, lora, .. } = self;
+        let (tokens, k) = (routing.tokens, routing.top_k);
+        KernelError::check("routing ids", tokens * k, routing.ids.len())?;
+        KernelError::check("routing weights", tokens * k, routing.weights.len())?;
+        let hidden = self.hidden();
+        KernelError::check("expert input", tokens * hidden, x.len())?;
+        for expert in *experts {
+            expert.check(hidden)?;
+        }
+        if let Some(lora) = lora {
+            lora.check(experts)?;
+        }
+        group(routing, experts.len())
+    }
+
+    pub fn hidden(&self) -> usize {
+        self.experts.first().map_or(0, |e| e.gate.cols())
+    }
+
+    /// Expert `e` with the pairs it has.
+    pub fn expert(&self, e: usize) -> Expert<'_> {
+        let lora = self.lora.filter(|lora| lora.expert == e);
+        Expert { view: self.experts[e], lora, activation: self.activation, isa: self.exec.isa }
+    }
+
+    /// Whether `pairs` of some experts are worth another thread.
+    pub fn shared(&self, pairs: usize) -> bool {
+        let inter = self.experts.first().map_or(0, |e| e.gate.rows());
+        pairs * self.hidden() * inter >= ALONE_BELOW
+    }
+
+    /// Gradients of the weights, and of the factors as [`Factors`] lays them out (none without pairs).
+    pub fn backward(
+        &self,
+        d_out: &[f32],
+        d_x: Option<&mut [f32]>,
+    ) -> Result<(Vec<f32>, Scratch), KernelError> {
+        let groups = self.groups()?;
+        let (hidden, k) = (self.hidden(), self.routing.top_k);
+        KernelError::check("gradient of expert output", self.x.len(), d_out.len())?;
+        if let Some(d_x) = &d_x {
+            KernelError::check("gradient of expert input", self.x.len(), d_x.len())?;
+        }
+        let pairs = groups.order.len();
+        let mut d_weights = Scratch::new(pairs); // [pairs by expert]
+        let mut d_pairs = Scratch::new(if d_x.is_some() { pairs * hidden } else { 0 }); // [pairs by expert, hidden]
+        let size = self.lora.map_or(0, |lora| Factors::of(lora).len());
+        let tasks = self.tasks(&groups);
+        let chunks = tasks.iter().filter(|task| task.chunk.is_some()).count().max(1);
+        let mut d_factors = Scratch::zeroed(chunks * size); // [chunks, factors]
+        let weights_out = Parts::new(&mut d_weights);
+        let rows_out = d_x.is_some().then(|| Parts::new(&mut d_pairs));
+        let factors_out = Parts::new(&mut d_factors);
+        for_each(tasks.len(), self.shared(pairs), |index| {
+            let Task { expert, pairs, chunk } = &tasks[index];
+            let expert = self.expert(*expert);
+            for from in pairs.clone().step_by(TOKENS) {
+                let count = TOKENS.min(pairs.end - from);
+                let order = &groups.order[from..from + count];
+                let tokens = || order.iter().map(|pair| *pair as usize / k);
+                let mut weights = [0.0; TOKENS];
+                for (weight, pair) in weights.iter_mut().zip(order) {
+                    *weight = self.routing.weights[*pair as usize];
+                }
+                let input = Tokens::gather(self.exec.isa, self.x, hidden, tokens());
+                let back = Tokens::gather(self.exec.isa, d_out, hidden, tokens());
+                // SAFETY: every pair belongs to one task, and every chunk of sums to one task.
+                let to = unsafe {
+                    Backward {
+                        weights: &weights[..count],
+                        d_weights: weights_out.range(from, count),
+                        d_x: rows_out.as_ref().map(|out| out.range(from * hidden, count * hidden)),
+                        d_factors: match chunk {
+                            Some(chunk) => factors_out.range(chunk * size, size),
+                            None => &mut [],
+                        },
+                    }
+                };
+                expert.backward(&input, &back, to);
+            }
+        });
+        if let Some(d_x) = d_x {
+            self.combine(&groups, &d_pairs, d_x);
+        }
+        let by_pair = groups.inverse.iter().map(|at| d_weights[*at as usize]).collect();
+        if size > 0 {
+            let (sum, rest) = d_factors.split_at_mut(size);
+            for more in rest.chunks_exact(size) {
+                sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+            }
+        }
+        Ok((by_pair, d_factors))
+    }
+
+    /// Parts of the work, the expert with LoRA pairs first, then the largest.
+    fn tasks(&self, groups: &Groups) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for e in 0..self.experts.len() {
+            let (from, to) = (groups.offsets[e] as usize, groups.offsets[e + 1] as usize);
+            let blocks = (to - from).div_ceil(TOKENS);
+            let with_lora = self.lora.is_some_and(|lora| lora.expert == e);
+            let parts = if with_lora { blocks.min(CHUNKS) } else { blocks };
+            for part in 0..parts {
+                let start = |part: usize| to.min(from + part * blocks / parts * TOKENS);
+                let pairs = start(part)..start(part + 1);
+                tasks.push(Task { expert: e, pairs, chunk: with_lora.then_some(part) });
+            }
+        }
+        tasks.sort_by_key(|task| (task.chunk.is_none(), std::cmp::Reverse(task.pairs.len())));
+        tasks
+    }
+
+    /// `out[t]` is the sum of the rows of its pairs, in slot order.
+    fn combine(&self, groups: &Groups, rows: &[f32], out: &mut [f32]) {
+        let (hidden, k) = (self.hidden(), self.routing.top_k);
+        if hidden == 0 || k == 0 {
+            return out.fill(0.0);
+        }
+        for (out, inverse) in out.chunks_exact_mut(hidden).zip(groups.inverse.chunks_exact(k)) {
+            out.fill(0.0);
+            for at in inverse {
+                let row = &rows[*at as usize * hidden..][..hidden];
+                out.iter_mut().zip(row).for_each(|(o, v)| *o += v);
+            }
         }
     }
-    lanes.iter().sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Dtype, MatView, RouterSpec, cast, route};
+    use crate::{Dtype, Isa, MatView, RouterSpec, cast, route};
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0).collect()
@@ -172,7 +267,10 @@ mod tests {
     #[test]
     fn equals_differences() {
         let (tokens, hidden, inter) = (5, 4, 3);
-        for (count, k) in [(3, 1), (3, 2), (3, 3), (1, 1)] {
+        let sets = Isa::ALL.into_iter().filter(|isa| isa.available());
+        let cases = [(3, 1), (3, 2), (3, 3), (1, 1)];
+        for (isa, (count, k)) in sets.flat_map(|isa| cases.map(|case| (isa, case))) {
+            let exec = Exec::on(isa).unwrap();
             let stored = experts(count, hidden, inter);
             let (x, d_out) = (numbers(tokens * hidden, 50), numbers(tokens * hidden, 60));
             let logits = numbers(tokens * count, 70);
@@ -181,8 +279,9 @@ mod tests {
             let views = views(&stored, hidden, inter);
             let mut d_x = vec![f32::NAN; x.len()];
             let silu = Activation::Silu;
-            let found = moe_backward(&x, &routing, &views, silu, &d_out, Some(&mut d_x)).unwrap();
-            let alone = moe_backward(&x, &routing, &views, silu, &d_out, None).unwrap();
+            let found =
+                moe_backward(&x, &routing, &views, silu, &d_out, Some(&mut d_x), &exec).unwrap();
+            let alone = moe_backward(&x, &routing, &views, silu, &d_out, None, &exec).unwrap();
             assert_eq!(found, alone);
             let wide = |x: &[f32]| x.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
             let slope = |which: usize, i: usize| {
@@ -223,10 +322,21 @@ mod tests {
             let mut d_x = vec![0.0; x.len()];
             let gelu = Activation::Gelu;
             let dw = pool
-                .install(|| moe_backward(&x, &routing, &views, gelu, &d_out, Some(&mut d_x)))
+                .install(|| {
+                    moe_backward(
+                        &x,
+                        &routing,
+                        &views,
+                        gelu,
+                        &d_out,
+                        Some(&mut d_x),
+                        &Exec::default(),
+                    )
+                })
                 .unwrap();
             d_x.iter().chain(&dw).map(|v| v.to_bits()).collect::<Vec<_>>()
         };
+        assert_eq!(run(1), run(2));
         assert_eq!(run(1), run(3));
     }
 
@@ -236,7 +346,8 @@ mod tests {
         let views = views(&stored, 2, 2);
         let routing = Routing { tokens: 1, top_k: 1, ids: vec![0], weights: vec![1.0] };
         let run = |x: &[f32], d_out: &[f32], d_x: &mut [f32]| {
-            moe_backward(x, &routing, &views, Activation::Silu, d_out, Some(d_x)).is_err()
+            moe_backward(x, &routing, &views, Activation::Silu, d_out, Some(d_x), &Exec::default())
+                .is_err()
         };
         assert!(!run(&[0.0; 2], &[0.0; 2], &mut [0.0; 2]));
         assert!(run(&[0.0; 3], &[0.0; 2], &mut [0.0; 2]));

@@ -24,11 +24,12 @@ pub mod cast;
 pub mod dense;
 pub mod dispatch;
 mod dispatch_backward;
-mod dot;
 mod error;
 mod exec;
+mod expert;
 mod linear;
 mod linear_backward;
+mod lora;
 mod norm;
 mod panel;
 mod product;
@@ -54,6 +55,10 @@ pub use error::KernelError;
 pub use exec::{Accuracy, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
 pub use linear_backward::linear_backward;
+pub use lora::{
+    ExpertLora, LoraGradients, LoraPair, MoeLoraGradients, lora_linear, lora_linear_backward,
+    moe_backward_lora, moe_forward_lora,
+};
 pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
 pub use routing::{RouterSpec, Routing, Score, route};

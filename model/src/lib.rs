@@ -26,6 +26,7 @@ mod lanes;
 mod layer;
 #[cfg(test)]
 mod layer_gradients;
+pub mod lora;
 mod model;
 mod ops;
 pub mod perplexity;

@@ -18,7 +18,7 @@ use moe_merge_kernels::{
 use rayon::prelude::*;
 
 /// The numbers of a contiguous f32 argument.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let all = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((from, to)) => Ok(&all[from..to]),
@@ -26,7 +26,7 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-fn refused(error: KernelError) -> candle_core::Error {
+pub(crate) fn refused(error: KernelError) -> candle_core::Error {
     candle_core::Error::wrap(error)
 }
 
@@ -36,7 +36,7 @@ pub(crate) fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Numbers as a tensor of the shape of `like`.
-fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+pub(crate) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(values, like.shape(), &Device::Cpu)
 }
 
@@ -61,8 +61,8 @@ where
 pub(crate) struct FrozenLinear {
     /// `[out, in]`, with bytes of its own.
     weight: WeightRef,
-    bias: Option<Arc<[f32]>>,
-    exec: Exec,
+    pub bias: Option<Arc<[f32]>>,
+    pub exec: Exec,
 }
 
 impl FrozenLinear {
@@ -528,7 +528,13 @@ pub(crate) struct Expert {
 }
 
 impl Experts {
-    fn views(&self) -> Result<Vec<ExpertView<'_>>> {
+    /// How products with them are computed.
+    pub fn exec(&self) -> Exec {
+        self.experts.first().map_or_else(Exec::default, |e| e.gate.exec)
+    }
+
+    /// The matrices of each.
+    pub fn views(&self) -> Result<Vec<ExpertView<'_>>> {
         let views = self.experts.iter().map(|Expert { gate, up, down }| {
             Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
         });
@@ -553,8 +559,7 @@ impl CustomOp2 for Experts {
         }
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
-        let exec = self.experts.first().map_or_else(Exec::default, |e| e.gate.exec);
-        let views = self.views()?;
+        let (views, exec) = (self.views()?, self.exec());
         kernels::moe_forward(x, &self.routing, &views, self.activation, &mut out, &exec)
             .map_err(refused)?;
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
@@ -576,6 +581,7 @@ impl CustomOp2 for Experts {
             self.activation,
             &d_out,
             d_x.as_deref_mut(),
+            &self.exec(),
         )
         .map_err(refused)?;
         let d_weights = weights.track_op().then(|| tensor_like(d_weights, weights)).transpose()?;
