@@ -17,6 +17,7 @@ pub(crate) fn attend(
     lens: &[usize],
     [q, k, v]: [&Tensor; 3],
     spec: &AttentionSpec,
+    exec: &Exec,
 ) -> Result<Tensor, ModelError> {
     let lanes = lens.len();
     if caches.len() != lanes || q.dim(0)? != lanes {
@@ -31,7 +32,6 @@ pub(crate) fn attend(
     }
     let held: Vec<_> = caches.iter().zip(lens).map(|(cache, len)| cache.view(len + 1)).collect();
     let mut out = vec![0.0; lanes * width];
-    kernels::attention_lanes(&q, &held, spec, &Exec::default(), &mut out)
-        .map_err(candle_core::Error::wrap)?;
+    kernels::attention_lanes(&q, &held, spec, exec, &mut out).map_err(candle_core::Error::wrap)?;
     Ok(Tensor::from_vec(out, (lanes, width), &Device::Cpu)?)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::weight::RowSlice;
 use moe_merge_kernels::{
-    Activation, AttentionSpec, RopeSpec, RopeTable, RouterSpec, Routing, route,
+    Activation, AttentionSpec, Exec, RopeSpec, RopeTable, RouterSpec, Routing, route,
 };
 
 use crate::cache::LayerCache;
@@ -31,6 +31,7 @@ pub(crate) struct Layer {
     after: Option<[RmsNorm; 2]>,
     attention: Projections,
     mlp: Feed,
+    exec: Exec,
 }
 
 #[derive(Debug, Clone)]
@@ -143,6 +144,7 @@ impl Layer {
                 Mlp::Dense(mlp) => Feed::Dense(gated(weights, &at("mlp"), mlp.fused, mlp.inter)?),
                 Mlp::Moe(moe) => load_moe(weights, moe, &at(""), spec.hidden)?,
             },
+            exec: weights.exec,
         })
     }
 
@@ -274,16 +276,19 @@ impl Layer {
         };
         let mixed = match past {
             Past::None(sequences) => {
-                SelfAttention { spec: kernel, sequences: sequences.into() }.forward(&q, &k, &v)?
+                SelfAttention { spec: kernel, exec: self.exec, sequences: sequences.into() }
+                    .forward(&q, &k, &v)?
             }
             Past::Cache(..) if q.track_op() => {
                 return Err(candle_core::Error::msg("attention to a cache has no gradient").into());
             }
-            Past::Lanes(caches, lens) => lanes::attend(caches, lens, [&q, &k, &v], &kernel)?,
+            Past::Lanes(caches, lens) => {
+                lanes::attend(caches, lens, [&q, &k, &v], &kernel, &self.exec)?
+            }
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
                 let kv = cache.view(len + q.dim(0)?);
-                q.apply_op1_no_bwd(&CachedAttention { spec: kernel, kv })?
+                q.apply_op1_no_bwd(&CachedAttention { spec: kernel, exec: self.exec, kv })?
             }
         };
         Ok(o.forward(&mixed)?)

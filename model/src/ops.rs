@@ -318,6 +318,7 @@ impl CustomOp2 for Open {
 /// Causal attention of whole sequences that stand one after the other: `q`, `k`, `v` `[tokens, heads * dim]`.
 pub(crate) struct SelfAttention {
     pub spec: AttentionSpec,
+    pub exec: Exec,
     /// Rows of each sequence.
     pub sequences: Arc<[Range<usize>]>,
 }
@@ -351,7 +352,7 @@ impl CustomOp3 for SelfAttention {
         let tokens = q_layout.shape().dims2()?.0;
         let (q_width, out_width) = (s.heads * s.qk_dim, s.heads * s.v_dim);
         let (k_width, v_width) = (s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim);
-        let (mut out, exec) = (vec![0.0; tokens * out_width], Exec::default());
+        let mut out = vec![0.0; tokens * out_width];
         for rows in self.sequences.iter() {
             let part = |width: usize| rows.start * width..rows.end * width;
             let kv = KeyValues {
@@ -361,7 +362,7 @@ impl CustomOp3 for SelfAttention {
                 key_strides: (k_width, s.qk_dim),
                 value_strides: (v_width, s.v_dim),
             };
-            kernels::attention(&q[part(q_width)], kv, s, &exec, &mut out[part(out_width)])
+            kernels::attention(&q[part(q_width)], kv, s, &self.exec, &mut out[part(out_width)])
                 .map_err(refused)?;
         }
         Ok((CpuStorage::F32(out), (tokens, out_width).into()))
@@ -375,7 +376,7 @@ impl CustomOp3 for SelfAttention {
         out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (s, exec) = (&self.spec, Exec::default());
+        let s = &self.spec;
         let out_width = s.heads * s.v_dim;
         let widths =
             [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, out_width, out_width];
@@ -388,7 +389,8 @@ impl CustomOp3 for SelfAttention {
             .par_iter()
             .map(|rows| {
                 let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
-                kernels::attention_backward([part(0), part(1), part(2)], part(3), part(4), s, &exec)
+                let [q, k, v, out, d] = [0, 1, 2, 3, 4].map(part);
+                kernels::attention_backward([q, k, v], out, d, s, &self.exec)
             })
             .collect::<std::result::Result<_, _>>()
             .map_err(refused)?;
@@ -409,6 +411,7 @@ impl CustomOp3 for SelfAttention {
 /// Attention of new tokens to a cache that holds them already. It has no gradient: a cache keeps numbers only.
 pub(crate) struct CachedAttention<'a> {
     pub spec: AttentionSpec,
+    pub exec: Exec,
     pub kv: KeyValues<'a>,
 }
 
@@ -422,7 +425,7 @@ impl CustomOp1 for CachedAttention<'_> {
         let tokens = layout.shape().dims2()?.0;
         let width = self.spec.heads * self.spec.v_dim;
         let mut out = vec![0.0; tokens * width];
-        kernels::attention(q, self.kv, &self.spec, &Exec::default(), &mut out).map_err(refused)?;
+        kernels::attention(q, self.kv, &self.spec, &self.exec, &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }

@@ -17,7 +17,8 @@ pub(crate) struct Weights {
     tensors: BTreeMap<String, WeightRef>,
     expected: BTreeMap<String, Vec<usize>>,
     path: PathBuf,
-    exec: Exec,
+    /// How products with them are computed.
+    pub exec: Exec,
 }
 
 impl Weights {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use moe_merge_checkpoint::Source;
+use moe_merge_kernels::{Exec, Isa};
 use moe_merge_model::{Cache, LogitRows, Model, ModelError, Spec, probe};
 use moe_merge_testkit::golden::{self, Golden, LOGITS_F32, relative_difference};
 
@@ -26,10 +27,23 @@ fn check(folder: &Path) {
     let name = folder.display().to_string();
     let expected = golden::load(&folder.join("expected.safetensors"));
     let source = source(folder);
-    let model = Model::open(&source).unwrap_or_else(|e| panic!("{name}: {e}"));
     let ids = &expected["input_ids"];
     let prompts: Vec<Vec<u32>> =
         (0..ids.shape[0]).map(|row| ids.row(row).iter().map(|v| *v as u32).collect()).collect();
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        let exec = Exec::on(isa).unwrap();
+        let model = Model::open_with(&source, exec).unwrap_or_else(|e| panic!("{name}: {e}"));
+        run(&format!("{name} {}", isa.name()), &model, &prompts, &expected);
+    }
+    probed(&name, &source, &prompts, &expected);
+    let found: BTreeMap<_, _> =
+        source.tensors.iter().map(|(n, w)| (n.clone(), w.shape().to_vec())).collect();
+    let spec = Spec::of(&source).unwrap();
+    let listed: BTreeMap<_, _> = spec.expected_tensors().into_iter().collect();
+    assert_eq!(found, listed, "{name}: tensors of the file against those of the spec");
+}
+
+fn run(name: &str, model: &Model, prompts: &[Vec<u32>], expected: &BTreeMap<String, Golden>) {
     for (row, tokens) in prompts.iter().enumerate() {
         let (hidden, logits) = model.hidden_states(tokens).unwrap();
         assert_eq!(hidden.len(), model.spec().layers.len() + 1);
@@ -38,17 +52,12 @@ fn check(folder: &Path) {
         }
         let wanted = expected["logits"].row(row);
         close(&format!("{name} logits"), &logits, wanted);
-        let mut cache = Cache::new(&model, tokens.len());
+        let mut cache = Cache::new(model, tokens.len());
         let mut pieces = model.forward(&tokens[..11], &mut cache, LogitRows::All).unwrap();
         pieces.extend(model.forward(&tokens[11..], &mut cache, LogitRows::All).unwrap());
         close(&format!("{name} logits in two pieces"), &pieces, wanted);
     }
-    greedy(&name, &model, &prompts[0][..8], &expected);
-    probed(&name, &source, &prompts, &expected);
-    let found: BTreeMap<_, _> =
-        source.tensors.iter().map(|(n, w)| (n.clone(), w.shape().to_vec())).collect();
-    let listed: BTreeMap<_, _> = model.spec().expected_tensors().into_iter().collect();
-    assert_eq!(found, listed, "{name}: tensors of the file against those of the spec");
+    greedy(name, model, &prompts[0][..8], expected);
 }
 
 fn greedy(name: &str, model: &Model, prompt: &[u32], expected: &BTreeMap<String, Golden>) {
