@@ -148,14 +148,14 @@ impl Job for Stream<'_> {
         let tail = &mut tail[..cols - whole];
         for row in 0..w.rows() {
             let bytes = w.row(row);
-            for c in (0..whole).step_by(S::N) {
-                // SAFETY: `N` columns from `c` on are in the row and in every token's sums; the processor has the set.
+            for token in 0..tokens {
+                let sums = sums[token * cols..(token + 1) * cols].as_mut_ptr();
+                // SAFETY: `N` columns from `c` on are in the row and in the token's sums; the processor has the set.
                 unsafe {
-                    let weights = stored::<S>(bytes.as_ptr().add(c * size), w.dtype());
-                    for token in 0..tokens {
-                        let at = sums[token * cols + c..].as_mut_ptr();
-                        let d = S::splat(dy[token * stride + row]);
-                        S::store(at, S::fma(d, weights, S::load(at)));
+                    let d = S::splat(dy[token * stride + row]);
+                    for c in (0..whole).step_by(S::N) {
+                        let weights = stored::<S>(bytes.as_ptr().add(c * size), w.dtype());
+                        S::store(sums.add(c), S::fma(d, weights, S::load(sums.add(c))));
                     }
                 }
             }
