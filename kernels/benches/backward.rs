@@ -56,7 +56,7 @@ fn block(bench: &mut Bench, threads: usize) {
         Side::new(5.0 / 3.0 * expert_flops(TOKENS * TOP_K), || {
             let d_x = Some(black_box(&mut d_x[..]));
             let silu = Activation::Silu;
-            let run = || moe_backward(&x, &routing, &experts, silu, &d_out, d_x);
+            let run = || moe_backward(&x, &routing, &experts, silu, &d_out, d_x, &variant.exec);
             black_box(pool.install(run).expect("sizes fit"));
         }),
         Side::new(limit.flops * threads as f64, || pool.install(|| limit.run())),
