@@ -6,22 +6,13 @@ use crate::cast::Dtype;
 use crate::cuda::backend::{Arg, Backend, Fill, Use};
 use crate::cuda::driver::Driver;
 use crate::cuda::error::CudaError;
-
-/// How activations are multiplied with bf16 weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// As the sum of two bf16 numbers: an error of 2^-17.
-    #[default]
-    Exact,
-    /// Rounded to bf16: half the products, an error of 2^-9. Only where many tokens are multiplied at once.
-    Fast,
-}
+use crate::exec::Accuracy;
 
 /// A CUDA device with the kernels loaded. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Device {
     backend: Arc<dyn Backend>,
-    precision: Precision,
+    accuracy: Accuracy,
 }
 
 impl Device {
@@ -36,12 +27,13 @@ impl Device {
     }
 
     pub(super) fn on(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, precision: Precision::default() }
+        Self { backend, accuracy: Accuracy::default() }
     }
 
-    /// The same device with another precision.
-    pub fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+    /// The same device with another accuracy of products with bf16 weights, where more than eight tokens are multiplied at
+    /// once: exact ones take activations as the sum of two bf16 numbers, which leaves an error of 2^-17, fast ones as one.
+    pub fn with_accuracy(self, accuracy: Accuracy) -> Self {
+        Self { accuracy, ..self }
     }
 
     /// What it is called.
@@ -59,7 +51,7 @@ impl Device {
 
     /// 1 for exact products, as the kernels take it.
     pub(super) fn exact(&self) -> Arg {
-        Arg::Int(i32::from(self.precision == Precision::Exact))
+        Arg::Int(i32::from(self.accuracy == Accuracy::Exact))
     }
 
     /// Room for `count` numbers of 4 bytes.

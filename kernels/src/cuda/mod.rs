@@ -19,7 +19,7 @@ mod ptx;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Device, Precision};
+pub use device::Device;
 pub use error::CudaError;
 pub use linear::CudaLinear;
 pub use lora::{LoraFactors, LoraGradients};

@@ -9,14 +9,14 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::emulator;
-use super::{CudaError, CudaLinear, CudaMoe, Device, LoraFactors, Precision};
+use super::{CudaError, CudaLinear, CudaMoe, Device, LoraFactors};
 use crate::cast::{self, Dtype};
 use crate::dense::Into;
 use crate::dispatch::ExpertView;
 use crate::error::KernelError;
 use crate::routing::{RouterSpec, Routing, Score, route};
 use crate::view::MatView;
-use crate::{Activation, linear, linear_backward, moe_backward, moe_forward};
+use crate::{Accuracy, Activation, Exec, linear_backward, moe_backward};
 
 const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 
@@ -32,6 +32,25 @@ fn gpu() -> Option<Device> {
         Err(CudaError::NoDriver | CudaError::NoDevice { .. } | CudaError::TooOld { .. }) => None,
         Err(e) => panic!("{e}"),
     }
+}
+
+fn linear(
+    x: &[f32],
+    w: MatView<'_>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    crate::linear(x, w, bias, out, &Exec::default())
+}
+
+fn moe_forward(
+    x: &[f32],
+    routing: &Routing,
+    experts: &[ExpertView<'_>],
+    curve: Activation,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    crate::moe_forward(x, routing, experts, curve, out, &Exec::default())
 }
 
 /// Numbers between -1 and 1, not exact in 16 bits.
@@ -121,7 +140,7 @@ fn fast_products_round_activations() {
     for device in devices() {
         let weight = Stored::new(Dtype::BF16, 20, 50, 1);
         let x = numbers(30 * 50, 2);
-        let fast = device.with_precision(Precision::Fast);
+        let fast = device.with_accuracy(Accuracy::Fast);
         let on_device = CudaLinear::upload(&fast, weight.view(), None).unwrap();
         let [mut found, mut wanted] = [0, 1].map(|_| vec![0.0; 30 * 20]);
         on_device.forward(&x, &mut found).unwrap();
