@@ -146,7 +146,11 @@ impl Device {
         }
         let across = CudaError::int("blocks", grid.0)? as u32;
         if grid.1 > DOWN {
-            return Err(CudaError::TooMany { what: "columns of blocks", count: grid.1, limit: DOWN });
+            return Err(CudaError::TooMany {
+                what: "columns of blocks",
+                count: grid.1,
+                limit: DOWN,
+            });
         }
         // SAFETY: the caller's promise.
         unsafe { self.backend.launch(kernel, (across, grid.1 as u32), args) }

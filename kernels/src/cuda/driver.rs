@@ -65,9 +65,8 @@ impl Driver {
         if major < 8 {
             return Err(CudaError::TooOld { name, major, minor });
         }
-        let module = context
-            .load_module(image(major, minor)?)
-            .map_err(failed("loading the kernels"))?;
+        let module =
+            context.load_module(image(major, minor)?).map_err(failed("loading the kernels"))?;
         let mut kernels = HashMap::new();
         for name in ptx::kernels() {
             let kernel = module.load_function(&name).map_err(failed("finding a kernel"))?;
@@ -101,10 +100,7 @@ fn image(major: i32, minor: i32) -> Result<Ptx, CudaError> {
         return Ok(Ptx::from_src(ptx::PTX));
     }
     let options = nvrtc::CompileOptions {
-        options: vec![
-            format!("--gpu-architecture=compute_{major}{minor}"),
-            "--std=c++17".into(),
-        ],
+        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
         name: Some("moe.cu".into()),
         ..Default::default()
     };

@@ -1,4 +1,4 @@
-//! A device for tests: `moe.cu` as C++, in this process.
+//! A device for tests alone: `moe.cu` as C++, in this process.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
@@ -36,7 +36,7 @@ struct Emulator {
 }
 
 /// A device that runs threads in this or the opposite order; none, told loudly, where there is no C++ compiler.
-pub(super) fn device(reversed: bool) -> Option<Device> {
+pub fn emulated(reversed: bool) -> Option<Device> {
     library()?;
     Some(Device::on(Arc::new(Emulator { reversed })))
 }
@@ -86,7 +86,7 @@ fn build() -> Option<Library> {
 }
 
 fn opened() -> &'static Library {
-    library().expect("`device` has found the library")
+    library().expect("`emulated` has found the library")
 }
 
 impl Backend for Emulator {

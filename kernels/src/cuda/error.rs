@@ -58,6 +58,10 @@ pub enum CudaError {
 impl CudaError {
     /// A count as the kernels take it.
     pub(super) fn int(what: &'static str, count: usize) -> Result<i32, CudaError> {
-        i32::try_from(count).map_err(|_| CudaError::TooMany { what, count, limit: i32::MAX as usize })
+        i32::try_from(count).map_err(|_| CudaError::TooMany {
+            what,
+            count,
+            limit: i32::MAX as usize,
+        })
     }
 }

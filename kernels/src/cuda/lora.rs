@@ -2,9 +2,9 @@
 
 use crate::cast::Dtype;
 use crate::cuda::backend::Arg;
+use crate::cuda::backend::THREADS;
 use crate::cuda::device::{Buffer, Device, Rows};
 use crate::cuda::error::CudaError;
-use crate::cuda::backend::THREADS;
 use crate::cuda::linear::{CudaLinear, linear_backward};
 use crate::cuda::matrix::Stack;
 use crate::error::KernelError;
@@ -62,7 +62,8 @@ impl Device {
         if rows == 0 || rank == 0 {
             return Ok(found);
         }
-        let view = |values, rows, cols| MatView::new(bytemuck::cast_slice(values), Dtype::F32, rows, cols);
+        let view =
+            |values, rows, cols| MatView::new(bytemuck::cast_slice(values), Dtype::F32, rows, cols);
         let down = CudaLinear::upload(self, view(a, rank, input)?, None)?;
         let [a, b] = [(a, rank, input), (b, output, rank)]
             .map(|(v, rows, cols)| Stack::upload(self, &[view(v, rows, cols)?], Dtype::F32));

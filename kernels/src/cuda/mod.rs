@@ -7,7 +7,7 @@
 mod backend;
 mod device;
 mod driver;
-#[cfg(test)]
+#[cfg(any(test, feature = "emulator"))]
 mod emulator;
 mod error;
 mod linear;
@@ -20,6 +20,8 @@ mod ptx;
 mod tests;
 
 pub use device::Device;
+#[cfg(any(test, feature = "emulator"))]
+pub use emulator::emulated;
 pub use error::CudaError;
 pub use linear::CudaLinear;
 pub use lora::{LoraFactors, LoraGradients};

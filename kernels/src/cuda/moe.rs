@@ -72,6 +72,11 @@ impl CudaMoe {
         })
     }
 
+    /// Whether [`CudaMoe::block`] takes so many experts.
+    pub fn can_route(&self) -> bool {
+        self.experts <= MOST_EXPERTS
+    }
+
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
         [&self.gate, &self.up, &self.down].iter().map(|s| s.buffer.bytes()).sum()
@@ -131,8 +136,12 @@ impl CudaMoe {
     ) -> Result<Block, CudaError> {
         let (hidden, experts, k) = (self.hidden(), self.experts, spec.top_k);
         spec.check(experts)?;
-        if experts > MOST_EXPERTS {
-            return Err(CudaError::TooMany { what: "experts", count: experts, limit: MOST_EXPERTS });
+        if !self.can_route() {
+            return Err(CudaError::TooMany {
+                what: "experts",
+                count: experts,
+                limit: MOST_EXPERTS,
+            });
         }
         KernelError::check("rows of the router", experts, router.shape().0)?;
         KernelError::check("columns of the router", hidden, router.shape().1)?;

@@ -41,26 +41,44 @@ impl CudaMoe {
         let x = device.put_rows(x, tokens, hidden)?;
         let d_out = device.put_rows(d_out, tokens, hidden)?;
         let order = self.group(ids.arg(), pairs)?;
-        let [gate, up, d_h] = [device.rows(pairs, self.inter())?, device.rows(pairs, self.inter())?, device.rows(pairs, self.inter())?];
+        let [gate, up, d_h] = [
+            device.rows(pairs, self.inter())?,
+            device.rows(pairs, self.inter())?,
+            device.rows(pairs, self.inter())?,
+        ];
         self.gate_up(&x, &order, k, &gate, up.arg(), activation)?;
 
         let (hidden_arg, inter) = (self.gate.cols(), self.gate.rows());
         let mut args = vec![d_out.arg(), d_out.stride()?, self.down.arg(), self.down.stride()];
         args.extend(order.args());
-        args.extend([Arg::Int(k as i32), hidden_arg, inter, d_h.arg(), d_h.stride()?, device.exact()]);
+        args.extend([
+            Arg::Int(k as i32),
+            hidden_arg,
+            inter,
+            d_h.arg(),
+            d_h.stride()?,
+            device.exact(),
+        ]);
         let grid = (order.most, self.inter().div_ceil(TILE));
         // SAFETY: the arguments are those of `down_backward_*`: `d_out` has `tokens` padded rows, `d_h` `pairs`.
         unsafe { device.launch_for("down_backward", self.down.dtype, grid, &args)? };
 
         let d_slots = device.scratch(pairs)?;
         let mut args = vec![gate.arg(), up.arg(), d_h.arg(), d_h.stride()?, order.order.arg()];
-        args.extend([weights.arg(), Arg::Int(pairs as i32), inter, d_slots.arg(), kind(activation)]);
+        args.extend([
+            weights.arg(),
+            Arg::Int(pairs as i32),
+            inter,
+            d_slots.arg(),
+            kind(activation),
+        ]);
         // SAFETY: the arguments are those of `gate_backward`: three times `pairs` rows of one stride.
         unsafe { device.launch("gate_backward", (pairs.div_ceil(ROWS_OF_BLOCK), 1), &args)? };
 
         if let Some(d_x) = d_x {
             let d_pairs = device.scratch(pairs * hidden)?;
-            let mut args = vec![gate.arg(), up.arg(), gate.stride()?, self.gate.arg(), self.up.arg()];
+            let mut args =
+                vec![gate.arg(), up.arg(), gate.stride()?, self.gate.arg(), self.up.arg()];
             args.push(self.gate.stride());
             args.extend(order.args());
             args.extend([hidden_arg, inter, d_pairs.arg(), hidden_arg, device.exact()]);

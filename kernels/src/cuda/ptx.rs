@@ -20,7 +20,8 @@ pub(super) fn kernels() -> Vec<String> {
         "decode_down",
     ];
     let plain = ["route", "count", "place", "combine", "gate_backward", "outer"];
-    let each = of_dtypes.iter().flat_map(|name| ["bf16", "f16", "f32"].map(|d| format!("{name}_{d}")));
+    let each =
+        of_dtypes.iter().flat_map(|name| ["bf16", "f16", "f32"].map(|d| format!("{name}_{d}")));
     each.chain(plain.map(str::to_owned)).collect()
 }
 
@@ -39,7 +40,11 @@ mod tests {
     fn the_ptx_is_made_from_the_source() {
         assert_eq!(fnv(b"foobar"), 0x8594_4171_f739_67e8);
         let line = format!("// fnv1a64 of moe.cu: {:016x}\n", fnv(SOURCE.as_bytes()));
-        assert!(PTX.contains(&line), "run `kernels/cuda/build_ptx.py`: moe.ptx has no line `{}`", line.trim());
+        assert!(
+            PTX.contains(&line),
+            "run `kernels/cuda/build_ptx.py`: moe.ptx has no line `{}`",
+            line.trim()
+        );
         assert!(PTX.contains("\n.version 8.0\n.target sm_80\n"), "a newer compiler made moe.ptx");
     }
 

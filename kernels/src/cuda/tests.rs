@@ -22,7 +22,7 @@ const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 
 /// The emulator in both orders, and the GPU if there is one.
 fn devices() -> Vec<Device> {
-    let emulated = [false, true].into_iter().filter_map(emulator::device);
+    let emulated = [false, true].into_iter().filter_map(emulator::emulated);
     emulated.chain(gpu()).collect()
 }
 
@@ -113,7 +113,9 @@ const EXACT: f32 = 2e-5;
 fn linear_equals_the_cpu() {
     for device in devices() {
         for dtype in DTYPES {
-            for (tokens, rows, cols) in [(1, 5, 3), (8, 9, 40), (9, 1, 1), (65, 70, 33), (3, 64, 64)] {
+            for (tokens, rows, cols) in
+                [(1, 5, 3), (8, 9, 40), (9, 1, 1), (65, 70, 33), (3, 64, 64)]
+            {
                 let weight = Stored::new(dtype, rows, cols, 1);
                 let (x, bias) = (numbers(tokens * cols, 2), numbers(rows, 3));
                 for bias in [None, Some(&bias[..])] {
@@ -128,7 +130,8 @@ fn linear_equals_the_cpu() {
                 let on_device = CudaLinear::upload(&device, weight.view(), None).unwrap();
                 let [mut found, mut wanted] = [0, 1].map(|_| vec![f32::NAN; tokens * cols]);
                 on_device.backward(&dy, &mut found).unwrap();
-                linear_backward(&dy, weight.view(), &mut wanted, Into::Overwrite).unwrap();
+                linear_backward(&dy, weight.view(), &Exec::default(), &mut wanted, Into::Overwrite)
+                    .unwrap();
                 near(&found, &wanted, EXACT, &format!("backward {dtype} {tokens} {rows} {cols}"));
             }
         }
@@ -190,7 +193,8 @@ fn dispatch_equals_the_cpu() {
                 let [mut d_x, mut d_x_wanted] = [0, 1].map(|_| vec![f32::NAN; x.len()]);
                 let dw = moe.backward(&x, &routing, curve, &d_out, Some(&mut d_x)).unwrap();
                 let wanted =
-                    moe_backward(&x, &routing, &views, curve, &d_out, Some(&mut d_x_wanted)).unwrap();
+                    moe_backward(&x, &routing, &views, curve, &d_out, Some(&mut d_x_wanted))
+                        .unwrap();
                 near(&dw, &wanted, 4.0 * EXACT, &format!("slot weights {what}"));
                 near(&d_x, &d_x_wanted, 4.0 * EXACT, &format!("input {what}"));
                 assert_eq!(moe.backward(&x, &routing, curve, &d_out, None).unwrap(), dw);
@@ -230,11 +234,8 @@ fn block(
     let (router, x) = (Stored::new(Dtype::F32, count, hidden, 9), numbers(tokens * hidden, 5));
     // A router of zeros: every logit is 0, every choice a tie.
     let zeros = vec![0; count * hidden * 4];
-    let router = if ties {
-        MatView::new(&zeros, Dtype::F32, count, hidden).unwrap()
-    } else {
-        router.view()
-    };
+    let router =
+        if ties { MatView::new(&zeros, Dtype::F32, count, hidden).unwrap() } else { router.view() };
     let moe = CudaMoe::upload(device, &views).unwrap();
     let on_device = CudaLinear::upload(device, router, None).unwrap();
     let [mut found, mut wanted] = [0, 1].map(|_| vec![f32::NAN; x.len()]);
@@ -300,7 +301,8 @@ fn lora_gradients_equal_the_formula() {
             let found = device.lora_gradients(&x, &dy, rows, factors).unwrap();
             // Sums of products in f64: low = x A^T, back = dy B.
             let sum = |n: usize, f: &dyn Fn(usize) -> f64| (0..n).map(f).sum::<f64>();
-            let at = |m: &[f32], row: usize, width: usize, col: usize| f64::from(m[row * width + col]);
+            let at =
+                |m: &[f32], row: usize, width: usize, col: usize| f64::from(m[row * width + col]);
             let low =
                 |n: usize, r: usize| sum(input, &|i| at(&x, n, input, i) * at(&a, r, input, i));
             let back =
@@ -309,8 +311,7 @@ fn lora_gradients_equal_the_formula() {
                 let cells = (0..height).flat_map(|i| (0..width).map(move |j| (i, j)));
                 cells.map(|(i, j)| (0.5 * f(i, j)) as f32).collect::<Vec<f32>>()
             };
-            let d_a =
-                table(rank, input, &|r, i| sum(rows, &|n| back(n, r) * at(&x, n, input, i)));
+            let d_a = table(rank, input, &|r, i| sum(rows, &|n| back(n, r) * at(&x, n, input, i)));
             let d_b =
                 table(output, rank, &|o, r| sum(rows, &|n| at(&dy, n, output, o) * low(n, r)));
             let d_x = table(rows, input, &|n, i| sum(rank, &|r| back(n, r) * at(&a, r, input, i)));
@@ -365,7 +366,7 @@ proptest! {
         tokens in 1usize..40, count in 1usize..6, k in 1usize..6, hidden in 1usize..40, inter in 1usize..40,
         dtype in 0usize..3, reversed: bool,
     ) {
-        let Some(device) = emulator::device(reversed) else { return Ok(()) };
+        let Some(device) = emulator::emulated(reversed) else { return Ok(()) };
         let stored = experts(DTYPES[dtype], count, hidden, inter);
         let views = views(&stored);
         let (x, logits) = (numbers(tokens * hidden, 5), numbers(tokens * count, 6));
