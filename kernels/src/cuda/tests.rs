@@ -189,11 +189,11 @@ fn dispatch_equals_the_cpu() {
                 moe.forward(&x, &routing, curve, &mut again).unwrap();
                 assert_eq!(found, again, "{what}: two calls differ");
 
-                let d_out = numbers(x.len(), 7);
+                let (d_out, exec) = (numbers(x.len(), 7), Exec::default());
                 let [mut d_x, mut d_x_wanted] = [0, 1].map(|_| vec![f32::NAN; x.len()]);
                 let dw = moe.backward(&x, &routing, curve, &d_out, Some(&mut d_x)).unwrap();
                 let wanted =
-                    moe_backward(&x, &routing, &views, curve, &d_out, Some(&mut d_x_wanted))
+                    moe_backward(&x, &routing, &views, curve, &d_out, Some(&mut d_x_wanted), &exec)
                         .unwrap();
                 near(&dw, &wanted, 4.0 * EXACT, &format!("slot weights {what}"));
                 near(&d_x, &d_x_wanted, 4.0 * EXACT, &format!("input {what}"));
