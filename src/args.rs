@@ -36,12 +36,29 @@ pub struct Common {
     /// Threads to use (one for each core by default)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Where models run: the products of their weights on a CUDA device, if there is one, or on the processor
+    #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// On a device: experts of the first N layers stay on the processor, for models that do not fit
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    pub cpu_experts: usize,
     /// No progress bar, no notes
     #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Tell more on stderr; twice for details
     #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
     pub verbose: u8,
+}
+
+/// Where models run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// A CUDA device if one is found, else the processor
+    Auto,
+    /// The processor
+    Cpu,
+    /// A CUDA device
+    Cuda,
 }
 
 /// The main job: builds what a recipe says.
@@ -406,6 +423,16 @@ mod tests {
         assert!(
             matches!(cli.command, Some(Command::Inspect(PathArgs { path })) if path == "models/base")
         );
+    }
+
+    #[test]
+    fn devices_are_found_unless_named() {
+        let common = |line: &str| parse(line).unwrap().common;
+        let found = common("moe-merge inspect m");
+        assert_eq!((found.device, found.cpu_experts), (Device::Auto, 0));
+        let found = common("moe-merge --device cuda inspect m --cpu-experts 3");
+        assert_eq!((found.device, found.cpu_experts), (Device::Cuda, 3));
+        assert!(parse("moe-merge inspect m --device gpu").is_err());
     }
 
     #[test]

@@ -20,6 +20,25 @@ fn wrong_usage_ends_with_two() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_an_error_only_for_those_who_ask_for_it() {
+    let Some(base) = base() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let logits = |device: &str| {
+        let out = dir.path().join(device).display().to_string();
+        let given = ["logits", &base, "--tokens", "1,5", "--out", &out, "--device", device];
+        let found = run(&given);
+        (found, std::fs::read(out).ok())
+    };
+    let (found, written) = logits("cuda");
+    found.fails(2, &["CUDA", "`--device cpu`"]);
+    assert!(written.is_none());
+    let [(auto, by_auto), (cpu, by_cpu)] = ["auto", "cpu"].map(logits);
+    assert_eq!((auto.code, cpu.code), (0, 0), "{}{}", auto.stderr, cpu.stderr);
+    assert!(by_auto.is_some() && by_auto == by_cpu, "no device, no difference");
+    assert!(!auto.stderr.contains("CUDA"), "{}", auto.stderr);
+}
+
+#[test]
 fn a_path_that_does_not_exist_is_named() {
     for command in ["inspect", "verify"] {
         run(&[command, "/nowhere/model"]).fails(3, &["/nowhere/model"]);

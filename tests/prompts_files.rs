@@ -19,6 +19,7 @@ fn build(folder: &Path, text: &str) -> BuildReport {
         replace: Replace::Force,
         layout: Layout::Hub,
         interrupt: Interrupt::default(),
+        placement: Default::default(),
     };
     let prepared = Prepared::new(&recipe, RecipeText { path: &path, text }, options).unwrap();
     prepared.build(&common::Silent).unwrap()

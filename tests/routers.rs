@@ -54,12 +54,19 @@ fn first_choices(folder: &Path, text: &str, expert: usize) -> f64 {
     let tokens = tokenizer.encode(text).unwrap();
     let text = moe_merge_model::streamed::TokenText { tokens: &tokens, origin: "text" };
     let (mut right, mut all) = (0, 0);
-    moe_merge_model::trace::trace(&source, &[text], tokenizer.bos(), 128, &mut |window| {
-        let k = window.routing.top_k;
-        right += window.routing.ids.chunks(k).filter(|ids| ids[0] == expert as u32).count();
-        all += window.routing.tokens;
-        Ok(())
-    })
+    moe_merge_model::trace::trace(
+        &source,
+        &[text],
+        tokenizer.bos(),
+        128,
+        &Default::default(),
+        &mut |window| {
+            let k = window.routing.top_k;
+            right += window.routing.ids.chunks(k).filter(|ids| ids[0] == expert as u32).count();
+            all += window.routing.tokens;
+            Ok(())
+        },
+    )
     .unwrap();
     right as f64 / all as f64
 }

@@ -21,6 +21,7 @@ mod allocations;
 pub mod attention;
 mod attention_backward;
 pub mod cast;
+pub mod cuda;
 pub mod dense;
 pub mod dispatch;
 mod dispatch_backward;

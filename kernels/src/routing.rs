@@ -34,6 +34,21 @@ impl RouterSpec {
     pub fn softmax(top_k: usize) -> Self {
         Self { top_k, score: Score::Softmax, renormalise: true, scale: 1.0, groups: None }
     }
+
+    /// Whether so many experts can be chosen from `experts`.
+    pub(crate) fn check(&self, experts: usize) -> Result<(), KernelError> {
+        let top_k = self.top_k;
+        if top_k == 0 || top_k > experts {
+            return Err(KernelError::TopK { top_k, experts });
+        }
+        if let Some((groups, kept)) = self.groups {
+            let whole = groups > 0 && kept > 0 && kept <= groups && experts.is_multiple_of(groups);
+            if !whole || kept * (experts / groups) < top_k {
+                return Err(KernelError::TopK { top_k, experts: experts / groups.max(1) * kept });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The experts that tokens visit.
@@ -66,18 +81,10 @@ pub fn route(
     spec: &RouterSpec,
 ) -> Result<Routing, KernelError> {
     let top_k = spec.top_k;
-    if top_k == 0 || top_k > experts {
-        return Err(KernelError::TopK { top_k, experts });
-    }
+    spec.check(experts)?;
     KernelError::check("router logits", tokens * experts, logits.len())?;
     if let Some(bias) = bias {
         KernelError::check("router bias", experts, bias.len())?;
-    }
-    if let Some((groups, kept)) = spec.groups {
-        let whole = groups > 0 && kept > 0 && kept <= groups && experts.is_multiple_of(groups);
-        if !whole || kept * (experts / groups) < top_k {
-            return Err(KernelError::TopK { top_k, experts: experts / groups.max(1) * kept });
-        }
     }
     if let Some(bad) = logits.iter().position(|v| !v.is_finite()) {
         return Err(KernelError::NotFinite { token: bad / experts, expert: bad % experts });

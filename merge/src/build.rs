@@ -6,7 +6,7 @@ use std::time::Instant;
 use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{Source, SourceRef};
-use moe_merge_model::Tokenizer;
+use moe_merge_model::{Placement, Tokenizer};
 use moe_merge_router::Method;
 use serde::Serialize;
 
@@ -39,6 +39,8 @@ pub struct BuildOptions {
     pub layout: Layout,
     /// Raised to stop.
     pub interrupt: Interrupt,
+    /// Where evaluation text is scored. What is written is computed on the processor, the same wherever it is built.
+    pub placement: Placement,
 }
 
 /// A part of a build that takes time.
@@ -494,7 +496,8 @@ impl Prepared {
         observer.stage(Stage::Evaluate, (tokens * passes) as u64);
         let interrupt = &self.options.interrupt;
         let mut done = |tokens| observer.advance(tokens as u64);
-        evaluate(&models, &moe, &self.domains, interrupt, &mut done).map(Some)
+        evaluate(&models, &moe, &self.domains, interrupt, &self.options.placement, &mut done)
+            .map(Some)
     }
 }
 

@@ -6,7 +6,7 @@ use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{CheckpointError, Source};
 use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows};
 use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
-use moe_merge_model::{ModelError, Spec, TextError, Tokenizer};
+use moe_merge_model::{ModelError, Placement, Spec, TextError, Tokenizer};
 
 use crate::error::MergeError;
 
@@ -106,9 +106,10 @@ pub fn evaluate(
     moe: &Source,
     domains: &[Domain],
     interrupt: &Interrupt,
+    placement: &Placement,
     done: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, MergeError> {
-    let scorer = Scorer::new(moe, domains, Cut::default(), interrupt)?;
+    let scorer = Scorer::new(moe, domains, Cut::default(), interrupt, placement)?;
     let all: Vec<usize> = (0..domains.len()).collect();
     let each = |scores: &[Score]| scores.iter().map(Score::perplexity).collect();
     let mut rows: Vec<ModelRow> = Vec::new();
@@ -152,6 +153,7 @@ pub(crate) struct Scorer<'a> {
     /// Tokens and origin.
     texts: Vec<(Vec<u32>, String)>,
     interrupt: &'a Interrupt,
+    placement: &'a Placement,
 }
 
 impl<'a> Scorer<'a> {
@@ -164,6 +166,7 @@ impl<'a> Scorer<'a> {
         domains: &[Domain],
         cut: Cut,
         interrupt: &'a Interrupt,
+        placement: &'a Placement,
     ) -> Result<Self, MergeError> {
         let tokenizer = Tokenizer::from_source(model)?;
         let context = Spec::of(model)?.max_positions;
@@ -182,7 +185,7 @@ impl<'a> Scorer<'a> {
             Ok((tokens, d.path.display().to_string()))
         };
         let texts = domains.iter().map(encode).collect::<Result<_, MergeError>>()?;
-        Ok(Self { window, bos: tokenizer.bos(), texts, interrupt })
+        Ok(Self { window, bos: tokenizer.bos(), texts, interrupt, placement })
     }
 
     /// Tokens of the texts of `domains`.
@@ -205,7 +208,7 @@ impl<'a> Scorer<'a> {
         let scores = vec![Score::default(); texts.len()];
         let mut pass = Pass { interrupt: self.interrupt, done, scores };
         let windows = Windows { window: self.window, stride: None };
-        perplexities(source, &texts, self.bos, windows, &mut pass)?;
+        perplexities(source, &texts, self.bos, windows, &mut pass, self.placement)?;
         Ok(pass.scores)
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use moe_merge_checkpoint::Source;
 use moe_merge_checkpoint::publish::{Interrupt, Replace};
+use moe_merge_model::Placement;
 use moe_merge_router::{ESTIMATORS, Estimator};
 use serde::Serialize;
 
@@ -49,6 +50,8 @@ pub struct QualityOptions {
     pub generalist: bool,
     /// Raised to stop.
     pub interrupt: Interrupt,
+    /// Where texts are scored.
+    pub placement: Placement,
 }
 
 /// Base, experts, oracle and routers side by side.
@@ -322,7 +325,7 @@ impl<'a> Comparison<'a> {
         let references = prepared.references();
         let base = references.iter().find_map(|(_, source)| *source);
         let base = base.unwrap_or(&prepared.assembly().base);
-        let scorer = Scorer::new(base, &domains, cut, interrupt)?;
+        let scorer = Scorer::new(base, &domains, cut, interrupt, &options.placement)?;
         let all: Vec<usize> = (0..domains.len()).collect();
         let passes = references.iter().filter(|(_, source)| source.is_some()).count();
         let matched: Vec<usize> = all.iter().copied().filter(|&d| right[d].is_some()).collect();
@@ -478,6 +481,7 @@ fn build_options(interrupt: &Interrupt) -> BuildOptions {
         replace: Replace::Never,
         layout: Layout::Hub,
         interrupt: interrupt.clone(),
+        placement: Placement::cpu(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 use moe_merge_kernels::KernelError;
+use moe_merge_kernels::cuda::CudaError;
 
 /// An error about a configuration, its weights, or a pass through them.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +62,9 @@ pub enum ModelError {
     /// A kernel refused its sizes: a mistake of this program.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A device is not there, has no room, or fails.
+    #[error(transparent)]
+    Device(#[from] CudaError),
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -74,6 +78,8 @@ impl Explain for ModelError {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::NoRouters { .. } | Self::TooLong { .. } | Self::Token { .. } => Kind::Usage,
+            Self::Device(CudaError::NoRoom { .. }) => Kind::NoRoom,
+            Self::Device(e) if no_device(e) => Kind::Usage,
             _ => Kind::Input,
         }
     }
@@ -112,6 +118,14 @@ impl Explain for ModelError {
             Self::TooLong { what: "the context", .. } => {
                 Some("shorten the text, or take a smaller window".into())
             }
+            Self::Device(CudaError::NoRoom { .. }) => Some(
+                "`--cpu-experts N` keeps the experts of N layers on the processor, `--device cpu` everything"
+                    .into(),
+            ),
+            Self::Device(e) if no_device(e) => {
+                Some("`--device cpu` runs on the processor, as does `--device auto` here".into())
+            }
+            Self::Device(_) => Some("`--device cpu` runs on the processor".into()),
             Self::Router { .. } => Some(
                 "NaN or infinity came up on the way; `moe-merge verify` finds damaged weights"
                     .into(),
@@ -119,4 +133,9 @@ impl Explain for ModelError {
             _ => None,
         }
     }
+}
+
+/// Whether there is no device to use.
+pub(crate) fn no_device(e: &CudaError) -> bool {
+    matches!(e, CudaError::NoDriver | CudaError::NoDevice { .. } | CudaError::TooOld { .. })
 }

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::weight::RowSlice;
+use moe_merge_kernels::cuda::{Block, CudaError, CudaMoe};
 use moe_merge_kernels::{
-    Activation, AttentionSpec, Exec, RopeSpec, RopeTable, RouterSpec, Routing, route,
+    Accuracy, Activation, AttentionSpec, Exec, KernelError, RopeSpec, RopeTable, RouterSpec,
+    Routing, route,
 };
 
 use crate::cache::LayerCache;
@@ -16,6 +18,7 @@ use crate::ops::{
     CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, Residual, RmsNorm, Rope,
     RouterLogits, SelfAttention, SlotWeights, apply1, apply2, to_vec,
 };
+use crate::placement::Placement;
 use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, SharedExpert, Spec};
 use crate::weights::Weights;
 
@@ -52,6 +55,23 @@ enum Projections {
     },
 }
 
+impl Projections {
+    fn place(&mut self, placement: &Placement) -> Result<(), ModelError> {
+        let layers = match self {
+            Projections::Plain { q, k, v, o, .. } => vec![q, k, v, o],
+            Projections::Latent { q, kv_a, kv_b, o, .. } => {
+                let mut layers = vec![kv_a, kv_b, o];
+                match q {
+                    Queries::Whole(q) => layers.push(q),
+                    Queries::Latent { a, b, .. } => layers.extend([a, b]),
+                }
+                layers
+            }
+        };
+        layers.into_iter().try_for_each(|l| l.place(placement))
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Queries {
     Whole(FrozenLinear),
@@ -72,6 +92,8 @@ struct Moe {
     experts: Arc<[Expert]>,
     /// Shared expert and its gate.
     shared: Option<(Expert, Option<FrozenLinear>)>,
+    /// The routed experts on a device, if they are placed there.
+    placed: Option<Arc<CudaMoe>>,
 }
 
 /// Where the keys and values of a pass are.
@@ -146,6 +168,45 @@ impl Layer {
             },
             exec: weights.exec,
         })
+    }
+
+    /// As [`Layer::load`], with its products where `placement` says.
+    pub fn load_on(
+        weights: &Weights,
+        spec: &Spec,
+        index: usize,
+        placement: &Placement,
+    ) -> Result<Self, ModelError> {
+        let mut layer = Self::load(weights, spec, index)?;
+        layer.place(placement)?;
+        Ok(layer)
+    }
+
+    /// Puts its products where `placement` says. A router stays with its experts.
+    pub fn place(&mut self, placement: &Placement) -> Result<(), ModelError> {
+        if placement.device_name().is_none() {
+            return Ok(());
+        }
+        self.attention.place(placement)?;
+        match &mut self.mlp {
+            Feed::Dense(mlp) => mlp.place(placement),
+            Feed::Moe(moe) => {
+                if let Some((mlp, gate)) = &mut moe.shared {
+                    mlp.place(placement)?;
+                    gate.iter_mut().try_for_each(|g| g.place(placement))?;
+                }
+                if placement.experts_on_cpu(self.index) {
+                    return Ok(());
+                }
+                moe.router.place(placement)?;
+                let views: Vec<_> =
+                    moe.experts.iter().map(Expert::view).collect::<candle_core::Result<_>>()?;
+                let accuracy =
+                    moe.experts.first().map_or_else(Accuracy::default, |e| e.gate.accuracy());
+                moe.placed = placement.experts(self.index, &views, accuracy)?;
+                Ok(())
+            }
+        }
     }
 
     /// Its rotary frequencies.
@@ -342,7 +403,14 @@ impl Layer {
             }
             Feed::Moe(moe) => moe,
         };
-        let Moe { spec, router, experts, shared, .. } = &**moe;
+        let Moe { spec, router, .. } = &**moe;
+        if let (Gating::Stored, false) = (gating, x.track_op())
+            && let Some((routing, logits, routed)) = self.block(moe, activation, x)?
+        {
+            let out = add_shared(routed.clone(), moe, activation, x)?;
+            let logits = Some(logits);
+            return Ok(Fed { out, routing: Some(routing), logits, routed: Some(routed) });
+        }
         let (routing, weights, logits) = match gating {
             Gating::Stored => self.routed(moe, router.forward(x)?, spec.router)?,
             Gating::Weights(OtherRouter { weights, top_k, .. }) => {
@@ -356,18 +424,41 @@ impl Layer {
             Gating::Weights(other) => other.known.cloned(),
             _ => None,
         };
-        let op = Experts { routing: routing.clone(), experts: experts.clone(), activation, known };
+        let (experts, placed) = (moe.experts.clone(), moe.placed.clone());
+        let op = Experts { routing: routing.clone(), experts, activation, known, placed };
         let routed = apply2(x, &weights, op)?;
-        let mut out = routed.clone();
-        if let Some((mlp, gate)) = shared {
-            let mut y = mlp_forward(mlp, activation, x)?;
-            if let Some(gate) = gate {
-                y = apply2(&y, &gate.forward(x)?, Open)?;
-            }
-            out = apply2(&out, &y, Residual { scale: 1.0 })?;
-        }
+        let out = add_shared(routed.clone(), moe, activation, x)?;
         let routing = Some(Arc::unwrap_or_clone(routing));
         Ok(Fed { out, routing, logits, routed: Some(routed) })
+    }
+
+    /// Router, choice and experts on the device that holds them, if one does: routing, logits, output.
+    fn block(
+        &self,
+        moe: &Moe,
+        activation: Activation,
+        x: &Tensor,
+    ) -> Result<Option<(Routing, Tensor, Tensor)>, ModelError> {
+        let (Some(placed), Some(router)) = (&moe.placed, moe.router.placed()) else {
+            return Ok(None);
+        };
+        if !placed.can_route() {
+            return Ok(None);
+        }
+        let values = to_vec(x)?;
+        let mut out = vec![0.0; values.len()];
+        let (rule, bias) = (&moe.spec.router, moe.bias.as_deref());
+        let found = placed.block(&values, router, bias, rule, activation, &mut out);
+        let Block { routing, logits } = found.map_err(|e| match e {
+            CudaError::Kernel(source @ KernelError::NotFinite { .. }) => {
+                ModelError::Router { layer: self.index, source }
+            }
+            e => e.into(),
+        })?;
+        let shape = (routing.tokens, moe.experts.len());
+        let logits = Tensor::from_vec(logits, shape, &Device::Cpu)?;
+        let out = Tensor::from_vec(out, x.shape(), &Device::Cpu)?;
+        Ok(Some((routing, logits, out)))
     }
 
     /// The experts that `logits` choose, and the weights through which gradients reach the logits.
@@ -414,6 +505,21 @@ fn add(
         y = norm.forward(&y)?;
     }
     Ok(apply2(x, &y, Residual { scale: spec.residual_scale })?)
+}
+
+/// Adds what the shared expert, if there is one, makes of `x`.
+fn add_shared(
+    out: Tensor,
+    moe: &Moe,
+    activation: Activation,
+    x: &Tensor,
+) -> Result<Tensor, ModelError> {
+    let Some((mlp, gate)) = &moe.shared else { return Ok(out) };
+    let mut y = mlp_forward(mlp, activation, x)?;
+    if let Some(gate) = gate {
+        y = apply2(&y, &gate.forward(x)?, Open)?;
+    }
+    Ok(apply2(&out, &y, Residual { scale: 1.0 })?)
 }
 
 fn mlp_forward(mlp: &Expert, activation: Activation, x: &Tensor) -> Result<Tensor, ModelError> {
@@ -501,7 +607,8 @@ fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<
     // Which experts a token visits must not hang on how its activations are rounded.
     let router = plain(moe.names.router())?.exact();
     let experts = experts.into();
-    Ok(Feed::Moe(Box::new(Moe { spec: moe.clone(), router, bias, experts, shared })))
+    let (spec, placed) = (moe.clone(), None);
+    Ok(Feed::Moe(Box::new(Moe { spec, router, bias, experts, shared, placed })))
 }
 
 /// Experts that are slices of two stacked tensors.

@@ -74,7 +74,7 @@ pub fn lora_experts(
         .iter()
         .map(|[gate, up, down]| Expert { gate: frozen(gate), up: frozen(up), down: frozen(down) })
         .collect();
-    let experts = Experts { routing, experts, activation, known: None };
+    let experts = Experts { routing, experts, activation, known: None, placed: None };
     Ok(experts.with_lora(x, slot_weights, factors)?)
 }
 

@@ -10,6 +10,7 @@ use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
 use crate::layer::{Layer, Past, norm};
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
+use crate::placement::Placement;
 use crate::spec::Spec;
 use crate::weights::Weights;
 
@@ -46,16 +47,26 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn open_with(source: &Source, exec: Exec) -> Result<Self, ModelError> {
+        Self::open_on(source, exec, &Placement::cpu())
+    }
+
+    /// As [`Model::open_with`], with its products where `placement` says; on a device, their weights are copied there.
+    ///
+    /// # Errors
+    /// As [`Model::open`], and [`ModelError::Device`] if the device has no room, or fails.
+    pub fn open_on(source: &Source, exec: Exec, placement: &Placement) -> Result<Self, ModelError> {
         let spec = Spec::of(source)?;
         let weights = Weights::new(source, &spec)?.computed(exec);
         let embedding = weights.get("model.embed_tokens.weight")?;
         let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        let mut head = weights.frozen(head, None);
+        head.place(placement)?;
         Ok(Self {
             layers: (0..spec.layers.len())
-                .map(|l| Layer::load(&weights, &spec, l))
+                .map(|l| Layer::load_on(&weights, &spec, l, placement))
                 .collect::<Result<_, _>>()?,
             norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: weights.frozen(head, None),
+            head,
             embedding,
             spec,
         })

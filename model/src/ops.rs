@@ -11,11 +11,15 @@ use candle_core::{
 };
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
+use moe_merge_kernels::cuda::{CudaError, CudaLinear, CudaMoe};
 use moe_merge_kernels::{
     Accuracy, Activation, AttentionSpec, Exec, ExpertView, KernelError, KeyValues, MatView,
     RopeTable, RouterSpec, Routing, activation, dense,
 };
 use rayon::prelude::*;
+
+use crate::error::ModelError;
+use crate::placement::Placement;
 
 /// The numbers of a contiguous f32 argument.
 pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -27,6 +31,10 @@ pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a
 }
 
 pub(crate) fn refused(error: KernelError) -> candle_core::Error {
+    candle_core::Error::wrap(error)
+}
+
+fn failed(error: CudaError) -> candle_core::Error {
     candle_core::Error::wrap(error)
 }
 
@@ -63,18 +71,37 @@ pub(crate) struct FrozenLinear {
     weight: WeightRef,
     pub bias: Option<Arc<[f32]>>,
     pub exec: Exec,
+    /// The same on a device, if it is placed there.
+    placed: Option<Arc<CudaLinear>>,
 }
 
 impl FrozenLinear {
     /// `weight` has two axes and bytes: the loader sees to it.
     pub fn new(weight: WeightRef, bias: Option<Arc<[f32]>>, exec: Exec) -> Self {
-        Self { weight, bias, exec }
+        Self { weight, bias, exec, placed: None }
     }
 
     /// The same, with activations as f32 whatever it was made with.
     pub fn exact(self) -> Self {
         let exec = Exec { accuracy: Accuracy::Exact, ..self.exec };
         Self { exec, ..self }
+    }
+
+    /// Puts it where `placement` says.
+    pub fn place(&mut self, placement: &Placement) -> std::result::Result<(), ModelError> {
+        let accuracy = self.exec.accuracy;
+        self.placed = placement.linear(self.view()?, self.bias.as_deref(), accuracy)?;
+        Ok(())
+    }
+
+    /// Itself on a device, if it is placed there.
+    pub fn placed(&self) -> Option<&CudaLinear> {
+        self.placed.as_deref()
+    }
+
+    /// How activations enter its products.
+    pub fn accuracy(&self) -> Accuracy {
+        self.exec.accuracy
     }
 
     /// The weight as a matrix.
@@ -101,12 +128,20 @@ impl CustomOp1 for FrozenLinear {
         let (x, w) = (values(storage, layout)?, self.view()?);
         let tokens = layout.shape().dims2()?.0;
         let mut out = vec![0.0; tokens * w.rows()];
+        if let Some(placed) = &self.placed {
+            placed.forward(x, &mut out).map_err(failed)?;
+            return Ok((CpuStorage::F32(out), (tokens, w.rows()).into()));
+        }
         kernels::linear(x, w, self.bias.as_deref(), &mut out, &self.exec).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, w.rows()).into()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
+        if let Some(placed) = &self.placed {
+            placed.backward(&to_vec(grad)?, &mut dx).map_err(failed)?;
+            return Ok(Some(tensor_like(dx, x)?));
+        }
         let (dy, into) = (to_vec(grad)?, dense::Into::Overwrite);
         kernels::linear_backward(&dy, self.view()?, &self.exec, &mut dx, into).map_err(refused)?;
         Ok(Some(tensor_like(dx, x)?))
@@ -520,6 +555,8 @@ pub(crate) struct Experts {
     pub activation: Activation,
     /// The result, where an earlier pass has computed it.
     pub known: Option<Tensor>,
+    /// The experts on a device, if they are placed there.
+    pub placed: Option<Arc<CudaMoe>>,
 }
 
 /// The three matrices of an expert.
@@ -530,6 +567,21 @@ pub(crate) struct Expert {
     pub down: FrozenLinear,
 }
 
+impl Expert {
+    /// Its matrices.
+    pub fn view(&self) -> Result<ExpertView<'_>> {
+        let Expert { gate, up, down } = self;
+        Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
+    }
+
+    /// Puts its layers where `placement` says.
+    pub fn place(&mut self, placement: &Placement) -> std::result::Result<(), ModelError> {
+        [&mut self.gate, &mut self.up, &mut self.down]
+            .into_iter()
+            .try_for_each(|l| l.place(placement))
+    }
+}
+
 impl Experts {
     /// How products with them are computed.
     pub fn exec(&self) -> Exec {
@@ -538,10 +590,7 @@ impl Experts {
 
     /// The matrices of each.
     pub fn views(&self) -> Result<Vec<ExpertView<'_>>> {
-        let views = self.experts.iter().map(|Expert { gate, up, down }| {
-            Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
-        });
-        views.collect()
+        self.experts.iter().map(Expert::view).collect()
     }
 }
 
@@ -562,6 +611,10 @@ impl CustomOp2 for Experts {
         }
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
+        if let Some(placed) = &self.placed {
+            placed.forward(x, &self.routing, self.activation, &mut out).map_err(failed)?;
+            return Ok((CpuStorage::F32(out), x_layout.shape().clone()));
+        }
         let (views, exec) = (self.views()?, self.exec());
         kernels::moe_forward(x, &self.routing, &views, self.activation, &mut out, &exec)
             .map_err(refused)?;
@@ -577,16 +630,18 @@ impl CustomOp2 for Experts {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (values, d_out) = (to_vec(x)?, to_vec(grad)?);
         let mut d_x = x.track_op().then(|| vec![0.0; values.len()]);
-        let d_weights = kernels::moe_backward(
-            &values,
-            &self.routing,
-            &self.views()?,
-            self.activation,
-            &d_out,
-            d_x.as_deref_mut(),
-            &self.exec(),
-        )
-        .map_err(refused)?;
+        let (routing, activation, d_x_out) = (&self.routing, self.activation, d_x.as_deref_mut());
+        let d_weights = match &self.placed {
+            Some(placed) => {
+                placed.backward(&values, routing, activation, &d_out, d_x_out).map_err(failed)?
+            }
+            None => {
+                let views = self.views()?;
+                let exec = self.exec();
+                kernels::moe_backward(&values, routing, &views, activation, &d_out, d_x_out, &exec)
+                    .map_err(refused)?
+            }
+        };
         let d_weights = weights.track_op().then(|| tensor_like(d_weights, weights)).transpose()?;
         Ok((d_x.map(|d| tensor_like(d, x)).transpose()?, d_weights))
     }

@@ -9,6 +9,7 @@ use crate::error::ModelError;
 use crate::layer::{Layer, Past};
 use crate::model::{Tables, check_length, embed};
 use crate::ops::to_vec;
+use crate::placement::Placement;
 use crate::spec::Spec;
 use crate::weights::Weights;
 
@@ -45,6 +46,16 @@ pub fn probe(
     prompts: &[Vec<u32>],
     visit: &mut dyn FnMut(LayerProbe<'_>) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
+    probe_on(source, prompts, &Placement::cpu(), visit)
+}
+
+/// As [`probe`], with products where `placement` says.
+pub(crate) fn probe_on(
+    source: &Source,
+    prompts: &[Vec<u32>],
+    placement: &Placement,
+    visit: &mut dyn FnMut(LayerProbe<'_>) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
     let spec = Spec::of(source)?;
     let weights = Weights::new(source, &spec)?;
     for prompt in prompts {
@@ -56,7 +67,7 @@ pub fn probe(
     };
     weights.release("model.embed_tokens.");
     for l in 0..spec.layers.len() {
-        let layer = Layer::load(&weights, &spec, l)?;
+        let layer = Layer::load_on(&weights, &spec, l, placement)?;
         let (mut streams, mut inputs) = (Vec::new(), Vec::new());
         for batch in &mut batches {
             let mut tables = Tables::new(&batch.positions);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{Dtype, Exec, LogSumExp, MatView, Routing, linear};
+use moe_merge_kernels::{Accuracy, Dtype, Exec, LogSumExp, MatView, Routing, linear};
 use rayon::prelude::*;
 
 use crate::error::ModelError;
@@ -11,6 +11,7 @@ use crate::layer::{Layer, Past, norm};
 use crate::model::{Tables, check_length, embed};
 use crate::ops::to_vec;
 use crate::perplexity::{Perplexity, Window, Windows};
+use crate::placement::Placement;
 use crate::probe::{Batch, batch};
 use crate::spec::Spec;
 use crate::text_error::TextError;
@@ -72,6 +73,8 @@ const HEAD_TOKENS: usize = 512;
 /// Perplexity of the model in `source` on every text, as [`crate::perplexity::perplexity_of_tokens`] computes it, to
 /// about 1e-6 of it.
 ///
+/// Products run where `placement` says, each layer's weights being there while the texts go through it.
+///
 /// Memory: one layer, the hidden states of the windows (128 MB at most), a block of logits; weights that are computed are
 /// computed layer by layer.
 ///
@@ -83,6 +86,7 @@ pub fn perplexities(
     bos: Option<u32>,
     windows: Windows,
     watcher: &mut dyn Watcher,
+    placement: &Placement,
 ) -> Result<Vec<Perplexity>, TextError> {
     let started = Instant::now();
     let spec = Spec::of(source)?;
@@ -102,7 +106,8 @@ pub fn perplexities(
             held += 4 * spec.hidden * (pieces[to].window.end - pieces[to].window.start + 1);
             to += 1;
         }
-        pass(&spec, &weights, texts, bos, &pieces[from..to], watcher, &mut sums)?;
+        let run = Run { spec: &spec, weights: &weights, texts, bos, placement };
+        pass(&run, &pieces[from..to], watcher, &mut sums)?;
         from = to;
     }
     let time = started.elapsed() / sums.len().max(1) as u32;
@@ -115,15 +120,23 @@ struct Piece {
     window: Window,
 }
 
-fn pass(
-    spec: &Spec,
-    weights: &Weights,
-    texts: &[TokenText<'_>],
+/// What every pass of a run has in common.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    spec: &'a Spec,
+    weights: &'a Weights,
+    texts: &'a [TokenText<'a>],
     bos: Option<u32>,
+    placement: &'a Placement,
+}
+
+fn pass(
+    run: &Run<'_>,
     pieces: &[Piece],
     watcher: &mut dyn Watcher,
     sums: &mut [Perplexity],
 ) -> Result<(), TextError> {
+    let Run { spec, weights, texts, bos, placement } = *run;
     let prompts: Vec<Vec<u32>> = pieces
         .iter()
         .map(|p| {
@@ -143,7 +156,7 @@ fn pass(
     let layers = spec.layers.len();
     for l in 0..layers {
         watcher.go_on()?;
-        let layer = Layer::load(weights, spec, l)?;
+        let layer = Layer::load_on(weights, spec, l, placement)?;
         let mut first = 0;
         for batch in &mut batches {
             let mut tables = Tables::new(&batch.positions);
@@ -173,7 +186,7 @@ fn pass(
         watcher.advance(tokens * (l + 1) / layers - tokens * l / layers);
     }
     watcher.go_on()?;
-    let scored = score(spec, weights, texts, usize::from(bos.is_some()), pieces, &batches)?;
+    let scored = score(run, pieces, &batches)?;
     for (place, nats) in scored {
         sums[place.text].nats += nats;
         sums[place.text].tokens += 1;
@@ -192,13 +205,12 @@ struct Place {
 
 /// Through the head, block by block: the surprise of every scored token, in order.
 fn score(
-    spec: &Spec,
-    weights: &Weights,
-    texts: &[TokenText<'_>],
-    bos: usize,
+    run: &Run<'_>,
     pieces: &[Piece],
     batches: &[Batch],
 ) -> Result<Vec<(Place, f64)>, TextError> {
+    let Run { spec, weights, texts, placement, .. } = *run;
+    let bos = usize::from(run.bos.is_some());
     let (mut states, mut places) = (Vec::new(), Vec::new());
     let last = norm(weights, spec, "model.norm.weight")?;
     let mut rest = pieces.iter();
@@ -228,11 +240,16 @@ fn score(
         let (bytes, dtype) = head_block(&head, from, to)?;
         let block =
             MatView::new(&bytes, dtype, to - from, spec.hidden).map_err(ModelError::from)?;
+        let placed = placement.linear(block, None, Accuracy::Exact)?;
         let chunks = places.chunks(HEAD_TOKENS).zip(states.chunks(HEAD_TOKENS * spec.hidden));
         let results = totals.chunks_mut(HEAD_TOKENS).zip(own.chunks_mut(HEAD_TOKENS));
         for ((places, states), (totals, own)) in chunks.zip(results) {
             logits.resize(places.len() * (to - from), 0.0);
-            linear(states, block, None, &mut logits, &Exec::default()).map_err(ModelError::from)?;
+            match &placed {
+                Some(placed) => placed.forward(states, &mut logits).map_err(ModelError::from)?,
+                None => linear(states, block, None, &mut logits, &Exec::default())
+                    .map_err(ModelError::from)?,
+            }
             let rows = logits.par_chunks_mut(to - from).zip(places);
             rows.zip(totals).zip(own).for_each(|(((row, place), total), own)| {
                 spec.finish_logits(row);

@@ -5,7 +5,8 @@ use moe_merge_kernels::{Exec, RouterSpec, Routing, Score, activation, route, sof
 
 use crate::error::ModelError;
 use crate::perplexity::Windows;
-use crate::probe::probe;
+use crate::placement::Placement;
+use crate::probe::probe_on;
 use crate::spec::{Mlp, MoeMlp, Spec};
 use crate::streamed::TokenText;
 use crate::text_error::TextError;
@@ -35,6 +36,7 @@ const STATES: usize = 64 << 20;
 /// Runs texts through the model, one layer in memory at a time, and shows what each router did with each window.
 ///
 /// * `bos` stands before each window, and counts as one of its `window` tokens
+/// * products run where `placement` says
 /// * `visit` sees the windows of a pass in order, layer after layer; an error from it stops
 ///
 /// Memory: one layer, and the hidden states of the windows of a pass (about 200 MB at most).
@@ -47,6 +49,7 @@ pub fn trace(
     texts: &[TokenText<'_>],
     bos: Option<u32>,
     window: usize,
+    placement: &Placement,
     visit: &mut dyn FnMut(TracedWindow<'_>) -> Result<(), ModelError>,
 ) -> Result<(), TextError> {
     let spec = Spec::of(source)?;
@@ -71,7 +74,7 @@ pub fn trace(
             .iter()
             .map(|p| bos.into_iter().chain(texts[p.text].tokens[p.start..p.end].to_vec()).collect())
             .collect();
-        probe(source, &prompts, &mut |seen| {
+        probe_on(source, &prompts, placement, &mut |seen| {
             let Mlp::Moe(moe) = &spec.layers[seen.layer].mlp else { return Ok(()) };
             let router = Router::load(&weights, moe, seen.layer)?;
             for (piece, input) in now.iter().zip(seen.router_input) {

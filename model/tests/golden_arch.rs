@@ -5,7 +5,7 @@ use std::path::Path;
 
 use moe_merge_checkpoint::Source;
 use moe_merge_kernels::{Exec, Isa};
-use moe_merge_model::{Cache, LogitRows, Model, ModelError, Spec, probe};
+use moe_merge_model::{Cache, LogitRows, Model, ModelError, Placement, Spec, probe};
 use moe_merge_testkit::golden::{self, Golden, LOGITS_F32, relative_difference};
 
 fn source(path: &Path) -> Source {
@@ -170,10 +170,10 @@ fn the_trace_is_what_the_layers_do() {
         let texts = [[1, 5, 7, 9, 2, 8, 3].as_slice(), &[4, 4, 6]];
         let texts = texts.map(|tokens| TokenText { tokens, origin: "t" });
         let mut passed = Routed(Vec::new());
-        let windows = Windows { window: 5, stride: None };
-        perplexities(&source, &texts, Some(1), windows, &mut passed).unwrap();
+        let (windows, cpu) = (Windows { window: 5, stride: None }, Placement::cpu());
+        perplexities(&source, &texts, Some(1), windows, &mut passed, &cpu).unwrap();
         let (mut at, mut starts, mut seen) = (0, Vec::new(), std::collections::BTreeSet::new());
-        moe_merge_model::trace::trace(&source, &texts, Some(1), 5, &mut |w| {
+        moe_merge_model::trace::trace(&source, &texts, Some(1), 5, &cpu, &mut |w| {
             let (text, ids, weights) = &passed.0[at];
             assert_eq!((w.text, &w.routing.ids), (*text, ids), "{name}");
             let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs();
@@ -200,7 +200,14 @@ fn a_dense_model_has_nothing_to_trace() {
     let Some(folder) = moe_merge_testkit::shared("golden/arch/llama") else { return };
     let text = moe_merge_model::streamed::TokenText { tokens: &[1], origin: "t" };
     let mut never = |_: moe_merge_model::trace::TracedWindow<'_>| panic!("no routers");
-    let error =
-        moe_merge_model::trace::trace(&source(&folder), &[text], None, 8, &mut never).unwrap_err();
+    let error = moe_merge_model::trace::trace(
+        &source(&folder),
+        &[text],
+        None,
+        8,
+        &Placement::cpu(),
+        &mut never,
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("no routers"), "{error}");
 }

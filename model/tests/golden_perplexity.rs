@@ -3,7 +3,7 @@
 use moe_merge_checkpoint::Source;
 use moe_merge_model::perplexity::{Windows, perplexity, perplexity_of_tokens};
 use moe_merge_model::streamed::{TokenText, Watcher, WindowRouting, perplexities};
-use moe_merge_model::{Model, ModelError, Tokenizer};
+use moe_merge_model::{Model, ModelError, Placement, Tokenizer};
 use moe_merge_testkit::shared;
 
 const CHECKPOINTS: [&str; 5] = ["base", "prose", "code", "math", "facts"];
@@ -91,7 +91,8 @@ fn one_layer_at_a_time_gives_the_same() {
     let windows = Windows { window: 100, stride: Some(60) };
     for bos in [None, Some(1)] {
         let mut silent = Silent(0);
-        let found = perplexities(&source, &texts, bos, windows, &mut silent).unwrap();
+        let found =
+            perplexities(&source, &texts, bos, windows, &mut silent, &Placement::cpu()).unwrap();
         assert_eq!(silent.0, found.iter().map(|p| p.computed).sum::<usize>());
         for (found, tokens) in found.iter().zip(&encoded) {
             let whole =

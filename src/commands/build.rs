@@ -30,6 +30,7 @@ pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
             args::Layout::Fused => Layout::Fused,
         },
         interrupt: exit::interrupt().clone(),
+        placement: super::device::find(common)?,
     };
     match recipe::parse(text.text, text.path).map_err(MergeError::from)? {
         Recipe::Moe(recipe) => {

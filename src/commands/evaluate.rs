@@ -36,6 +36,7 @@ pub fn run(args: &EvaluateArgs, common: &Common) -> Result<Outcome, Failure> {
         no_prompts: args.no_prompts,
         generalist: args.generalist,
         interrupt: exit::interrupt().clone(),
+        placement: super::device::find(common)?,
     };
     let found: Result<Quality, QualityError> = measure(&recipe, text, &options, &Bars::new(common));
     let found = found?;

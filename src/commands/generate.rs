@@ -6,7 +6,7 @@ use serde_json::json;
 
 use moe_merge_model::chat::{AssistantTurn, Message};
 use moe_merge_model::generate::{EndOfText, Generation, Stop, generate};
-use moe_merge_model::{ChatTemplate, Model, Sampling, Tokenizer};
+use moe_merge_model::{ChatTemplate, Sampling, Tokenizer};
 
 use crate::args::{Common, GenerateArgs};
 use crate::exit::{self, Outcome};
@@ -33,7 +33,7 @@ pub fn run(args: &GenerateArgs, common: &Common) -> Result<Outcome, Failure> {
         },
         end_of_text: if args.ignore_eos { EndOfText::Ignore } else { EndOfText::Stop },
     };
-    let model = Model::open_with(&source, args.accuracy.exec())?;
+    let model = super::device::open_model(&source, args.accuracy.exec(), common)?;
     let interrupt = exit::interrupt();
     let mut broken = None;
     let mut show = |piece: &str| {

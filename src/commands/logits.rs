@@ -7,7 +7,8 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::json;
 
 use moe_merge_checkpoint::CheckpointError;
-use moe_merge_model::{Model, TextError};
+use moe_merge_kernels::Exec;
+use moe_merge_model::TextError;
 
 use crate::args::{Common, LogitsArgs};
 use crate::exit::Outcome;
@@ -16,7 +17,7 @@ use crate::render::{self, Failure};
 /// Computes and writes them.
 pub fn run(args: &LogitsArgs, common: &Common) -> Result<Outcome, Failure> {
     let source = super::open(&args.path, common)?;
-    let model = Model::open(&source)?;
+    let model = super::device::open_model(&source, Exec::default(), common)?;
     let spec = model.spec();
     let (tokens, vocab) = (args.tokens.as_slice(), spec.vocab);
     if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {

@@ -3,6 +3,7 @@
 mod build;
 mod calibrate;
 mod completions;
+mod device;
 mod evaluate;
 mod export;
 mod generate;

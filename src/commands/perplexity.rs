@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
+use moe_merge_model::Tokenizer;
 use moe_merge_model::perplexity::{DEFAULT_WINDOW, Windows, perplexity};
-use moe_merge_model::{Model, Tokenizer};
 
 use crate::args::{Common, PerplexityArgs};
 use crate::exit::Outcome;
@@ -17,7 +17,7 @@ pub fn run(args: &PerplexityArgs, common: &Common) -> Result<Outcome, Failure> {
         args.text.iter().map(|p| super::read_text(p)).collect::<Result<_, _>>()?;
     let source = super::open(&args.path, common)?;
     let tokenizer = Tokenizer::from_source(&source)?;
-    let model = Model::open_with(&source, args.accuracy.exec())?;
+    let model = super::device::open_model(&source, args.accuracy.exec(), common)?;
     let window = args.window.unwrap_or(DEFAULT_WINDOW.min(model.spec().max_positions));
     let windows = Windows { window, stride: args.stride };
     let (mut rows, mut computed, mut seconds) = (Vec::new(), 0, 0.0);

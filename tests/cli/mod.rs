@@ -17,6 +17,8 @@ pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Run {
     let output = assert_cmd::cargo::cargo_bin_cmd!("moe-merge")
         .args(args)
         .env_remove("RUST_LOG")
+        // The same numbers on every machine.
+        .env("CUDA_VISIBLE_DEVICES", "")
         .output()
         .expect("the program starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");

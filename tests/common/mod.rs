@@ -35,6 +35,7 @@ pub fn build_text(text: &str, path: &Path, out: &Path, layout: Layout) -> PathBu
         replace: Replace::Never,
         layout,
         interrupt: Interrupt::default(),
+        placement: Default::default(),
     };
     let prepared = Prepared::new(&recipe, RecipeText { path, text }, options);
     let built = prepared.and_then(|p| p.build(&Silent));

@@ -7,6 +7,7 @@ use moe_merge_model::{Spec, Tokenizer};
 use moe_merge_router::traffic::{Choices, Traffic};
 
 use crate::args::Common;
+use crate::commands::device;
 use crate::exit;
 use crate::picture::{Label, TokenRoutes};
 use crate::progress::{Progress, Unit};
@@ -48,8 +49,9 @@ pub fn trace_all(
     let total = texts.iter().map(|t| t.tokens.len() as u64).sum();
     let progress = Progress::new(total, Unit::Tokens, common.quiet || common.json);
     let interrupt = exit::interrupt();
+    let placement = device::find(common)?;
     let mut done = 0;
-    trace(source, &origins, tokenizer.bos(), window, &mut |seen: TracedWindow<'_>| {
+    trace(source, &origins, tokenizer.bos(), window, &placement, &mut |seen: TracedWindow<'_>| {
         interrupt.check()?;
         let (routing, found) = (seen.routing, &mut found[seen.text]);
         found.traffic.add(

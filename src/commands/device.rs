@@ -1,0 +1,38 @@
+//! `--device` and `--cpu-experts`: where models run.
+
+use moe_merge_checkpoint::{Explain, Kind, Source};
+use moe_merge_kernels::Exec;
+use moe_merge_model::{DeviceChoice, Model, ModelError, Placement};
+
+use crate::args::{Common, Device};
+use crate::render::{self, Failure};
+
+/// Finds the device that was asked for.
+pub fn find(common: &Common) -> Result<Placement, Failure> {
+    let choice = match common.device {
+        Device::Auto => DeviceChoice::Auto,
+        Device::Cpu => DeviceChoice::Cpu,
+        Device::Cuda => DeviceChoice::Cuda,
+    };
+    let placement = Placement::find(choice, common.cpu_experts)?;
+    if let Some(name) = placement.device_name().filter(|_| !common.quiet && !common.json) {
+        render::note(&format!("products run on `{name}`"));
+    }
+    Ok(placement)
+}
+
+/// Opens a model there; where nobody asked for the device and the model has no room on it, on the processor.
+pub fn open_model(source: &Source, exec: Exec, common: &Common) -> Result<Model, Failure> {
+    match Model::open_on(source, exec, &find(common)?) {
+        Err(e @ ModelError::Device(_))
+            if common.device == Device::Auto && e.kind() == Kind::NoRoom =>
+        {
+            if !common.quiet && !common.json {
+                let hint = "`--cpu-experts N` keeps the experts of N layers off it";
+                render::note(&format!("{e}: running on the processor; {hint}"));
+            }
+            Ok(Model::open_with(source, exec)?)
+        }
+        opened => Ok(opened?),
+    }
+}
