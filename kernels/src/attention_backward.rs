@@ -197,7 +197,7 @@ impl Work<'_> {
     /// Scores `[keys, lanes]` of the keys from `from` on, under the softcap but not masked.
     fn scores(&self, panel: Panel, q: &[f32], kv_head: usize, from: usize, scores: &mut [f32]) {
         let keys = from..from + scores.len() / panel.lanes;
-        panel.scores(self.isa, &self.kv, self.spec, kv_head, keys, q, scores);
+        panel.scores(self.isa, &self.kv, kv_head, keys, q, scores);
         if let Some(cap) = self.spec.softcap {
             soften(self.isa, scores, cap);
         }

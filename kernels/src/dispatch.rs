@@ -197,7 +197,7 @@ fn products(
     tasks::for_each(downs.len(), shared, |task| {
         let (part, chunk, rows) = downs[task].clone();
         let (w, panels) = (part.expert.down, &part.inner);
-        let out = start.from_row(part.pairs.start);
+        let out = start.row(part.pairs.start);
         // SAFETY: every task has rows and tokens of its own, and `y` holds all pairs.
         unsafe { LinearBlock { w, bias: None, rows, panels, chunk, out }.compute(exec.isa) }
     });
@@ -210,11 +210,9 @@ fn combine(y: &[f32], groups: &Groups, routing: &Routing, out: &mut [f32], exec:
     tasks::for_each(routing.tokens.div_ceil(TOKENS), out.len() * k >= ALONE_BELOW, |task| {
         let from = task * TOKENS;
         let tokens = from..routing.tokens.min(from + TOKENS);
-        let start = start;
         // SAFETY: every task has tokens of its own.
-        let rows = unsafe {
-            std::slice::from_raw_parts_mut(start.from_row(from).start, tokens.len() * hidden)
-        };
+        let rows =
+            unsafe { std::slice::from_raw_parts_mut(start.row(from).start, tokens.len() * hidden) };
         for (token, out) in tokens.zip(rows.chunks_exact_mut(hidden)) {
             let pairs = token * k..(token + 1) * k;
             let (weights, places) = (&routing.weights[pairs.clone()], &groups.inverse[pairs]);

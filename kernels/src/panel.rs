@@ -187,7 +187,7 @@ pub(crate) struct Output {
 
 impl Output {
     /// The part from row `row` on.
-    pub fn from_row(self, row: usize) -> Self {
+    pub fn row(self, row: usize) -> Self {
         // Stays inside: callers name rows there are.
         Self { start: self.start.wrapping_add(row * self.stride), ..self }
     }

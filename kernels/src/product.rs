@@ -188,22 +188,21 @@ impl Columns {
             let (mut a, mut b) = (self.a.add(i * self.a_row), self.b);
             for _ in 0..self.k {
                 let mut right = [S::zero(); V];
-                for v in 0..V {
-                    right[v] = S::load(b.add(v * S::N));
+                for (v, right) in right.iter_mut().enumerate() {
+                    *right = S::load(b.add(v * S::N));
                 }
-                for r in 0..R {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let left = S::splat(*a.add(r * self.a_row));
-                    for v in 0..V {
-                        sums[r][v] = S::fma(left, right[v], sums[r][v]);
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = S::fma(left, right, *sum);
                     }
                 }
                 a = a.wrapping_add(self.a_col);
                 b = b.wrapping_add(self.b_row);
             }
-            for r in 0..R {
-                for v in 0..V {
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
                     let at = out.add((i + r) * self.out_row + v * S::N);
-                    let sum = sums[r][v];
                     S::store(at, if self.add { S::add(S::load(at), sum) } else { sum });
                 }
             }

@@ -84,7 +84,6 @@ impl Panel {
         self,
         isa: Isa,
         kv: &KeyValues<'_>,
-        spec: &AttentionSpec,
         group: usize,
         keys: Range<usize>,
         q: &[f32],
@@ -92,7 +91,7 @@ impl Panel {
     ) {
         let (row, head) = kv.key_strides;
         let left = Left { data: &kv.keys[group * head + keys.start * row..], row, col: 1 };
-        let sizes = (keys.len(), spec.qk_dim, self.lanes);
+        let sizes = (keys.len(), q.len() / self.lanes, self.lanes);
         product(isa, sizes, left, (q, self.lanes), (scores, self.lanes), Into::Overwrite);
     }
 }

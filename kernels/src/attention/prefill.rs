@@ -62,7 +62,7 @@ fn attend(
     let (mut max, mut total) = ([LOWEST; QUERIES], [0.0; QUERIES]);
     for keys in panel.blocks() {
         let scores = &mut scores[..keys.len() * lanes];
-        panel.scores(isa, kv, spec, group, keys.clone(), q, scores);
+        panel.scores(isa, kv, group, keys.clone(), q, scores);
         if let Some(cap) = spec.softcap {
             soften(isa, scores, cap);
         }

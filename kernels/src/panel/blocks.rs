@@ -250,9 +250,8 @@ unsafe fn store_gated<E: Engine, const H: usize, const V: usize>(
         for (r, gated) in gated.iter_mut().enumerate() {
             // A row beyond the last is a partner that must be zero.
             if at + r < end {
-                for v in 0..V {
-                    let gate = gate_value::<E::S>(activation, gates[r][v]);
-                    gated[v] = E::S::mul(gate, ups[r][v]);
+                for ((gated, gate), up) in gated.iter_mut().zip(gates[r]).zip(ups[r]) {
+                    *gated = E::S::mul(gate_value::<E::S>(activation, gate), up);
                 }
             }
         }
@@ -267,8 +266,9 @@ unsafe fn store_gated<E: Engine, const H: usize, const V: usize>(
             }
             Form::Pairs => {
                 for r in (0..rows).step_by(2) {
-                    for v in 0..V {
-                        let pair = E::interleave(gated[r][v], gated[r + 1][v]);
+                    let (low, high) = (gated[r], gated[r + 1]);
+                    for (v, (low, high)) in low.into_iter().zip(high).enumerate() {
+                        let pair = E::interleave(low, high);
                         E::S::store(to.add(((at + r) / 2 * V + v) * E::S::N), pair);
                     }
                 }
@@ -286,7 +286,7 @@ unsafe fn gate_value<S: Vector>(activation: Activation, x: S::V) -> S::V {
             Activation::Silu => x,
             Activation::GeluTanh => {
                 let cube = S::mul(S::mul(x, x), S::mul(x, S::splat(0.044715)));
-                S::mul(S::add(x, cube), S::splat(1.595_769_1))
+                S::mul(S::add(x, cube), S::splat(1.595_769))
             }
             Activation::Gelu => {
                 let mut lanes = [0f32; 16];

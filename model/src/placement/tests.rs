@@ -91,7 +91,7 @@ fn every_architecture_gives_the_same_logits_on_a_device() {
 
 #[test]
 fn gradients_go_through_a_device() {
-    let rows = [0..10];
+    let rows = [std::ops::Range { start: 0, end: 10 }];
     let positions: Vec<u32> = (0..10).collect();
     for name in ["deepseek_v2_yarn", "granitemoeshared", "mixtral_fused"] {
         let Some(device) = emulated(false) else { return };
