@@ -106,7 +106,8 @@ fn targets_that_are_there() {
     assert_eq!(fs::read_to_string(&notes).unwrap(), "mine");
     // A model does not replace itself.
     let file = case.path("m.gguf").display().to_string();
-    cli::run(&["export", &file, "--gguf", &file, "--force", "-q"]).fails(3, &["one of its own sources"]);
+    cli::run(&["export", &file, "--gguf", &file, "--force", "-q"])
+        .fails(3, &["one of its own sources"]);
     assert_eq!(fs::read(case.path("m.gguf")).unwrap(), written);
     assert_eq!(case.names(), ["base", "m.gguf", "notes.txt"]);
 }
