@@ -222,6 +222,9 @@ pub struct PerplexityArgs {
     /// How activations enter products with 16-bit weights
     #[arg(long, value_enum, default_value_t = Accuracy::Exact)]
     pub accuracy: Accuracy,
+    /// Experts that each token visits (by default as many as the model's configuration says)
+    #[arg(long, value_name = "N")]
+    pub experts_per_token: Option<usize>,
 }
 
 /// Arguments of `generate`.
@@ -256,6 +259,9 @@ pub struct GenerateArgs {
     /// How activations enter products with 16-bit weights
     #[arg(long, value_enum, default_value_t = Accuracy::Fast)]
     pub accuracy: Accuracy,
+    /// Experts that each token visits (by default as many as the model's configuration says)
+    #[arg(long, value_name = "N")]
+    pub experts_per_token: Option<usize>,
 }
 
 /// Arguments of `route`.

@@ -39,6 +39,26 @@ fn a_device_that_is_not_there_is_an_error_only_for_those_who_ask_for_it() {
 }
 
 #[test]
+fn a_dense_model_has_no_experts_to_visit() {
+    let Some(base) = base() else { return };
+    run(&["generate", &base, "--prompt", "a", "--experts-per-token", "2"])
+        .fails(2, &["2 experts per token", "a mixture-of-experts model"]);
+}
+
+#[test]
+fn an_instruction_set_that_is_not_there_is_told() {
+    let output = assert_cmd::cargo::cargo_bin_cmd!("moe-merge")
+        .args(["inspect", "."])
+        .env("MOE_MERGE_ISA", "avx3")
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    assert!(told.contains("`avx3`") && told.contains("portable"), "{told}");
+    assert!(told.contains("hint: ") && told.contains("MOE_MERGE_ISA"), "{told}");
+}
+
+#[test]
 fn a_path_that_does_not_exist_is_named() {
     for command in ["inspect", "verify"] {
         run(&[command, "/nowhere/model"]).fails(3, &["/nowhere/model"]);

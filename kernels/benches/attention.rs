@@ -52,7 +52,7 @@ fn prompt(bench: &mut Bench, tokens: usize) {
         Bar::None,
         [
             Side::new(seen_flops(tokens), || {
-                pool.install(|| attention(&q, kv, &SPEC, &exec, black_box(&mut out)))
+                pool.install(|| attention(&q, kv, &SPEC, black_box(&mut out), &exec))
                     .expect("sizes fit");
             }),
             Side::new(limit.flops, || pool.install(|| limit.run())),
@@ -100,7 +100,7 @@ fn token(bench: &mut Bench, count: usize) {
                             key_strides: strides,
                             value_strides: strides,
                         };
-                        attention(&q, kv, &SPEC, &exec, black_box(&mut out)).expect("sizes fit");
+                        attention(&q, kv, &SPEC, black_box(&mut out), &exec).expect("sizes fit");
                     }
                 });
             }),

@@ -33,7 +33,7 @@ fn layer(bench: &mut Bench, dtype: Dtype, rows: usize, cols: usize, threads: usi
         [
             Side::new((2 * TOKENS * rows * cols) as f64, || {
                 let dx = black_box(&mut dx);
-                pool.install(|| linear_backward(&dy, weight, &exec, dx, dense::Into::Overwrite))
+                pool.install(|| linear_backward(&dy, weight, dx, dense::Into::Overwrite, &exec))
                     .expect("sizes fit");
             }),
             Side::new(limit.flops * threads as f64, || pool.install(|| limit.run())),

@@ -105,10 +105,10 @@ fn attention_of_few_queries_allocates_nothing() {
     let q = vec![1.0; 3 * 128];
     let mut out = vec![0.0; 3 * 128];
     check("one query", || {
-        attention(&q[..128], kv, &spec, &Exec::default(), &mut out[..128]).unwrap()
+        attention(&q[..128], kv, &spec, &mut out[..128], &Exec::default()).unwrap()
     });
-    check("three queries", || attention(&q, kv, &spec, &Exec::default(), &mut out).unwrap());
+    check("three queries", || attention(&q, kv, &spec, &mut out, &Exec::default()).unwrap());
     check("three sequences", || {
-        attention_lanes(&q, &[kv; 3], &spec, &Exec::default(), &mut out).unwrap()
+        attention_lanes(&q, &[kv; 3], &spec, &mut out, &Exec::default()).unwrap()
     });
 }

@@ -58,8 +58,8 @@ pub fn attention(
     q: &[f32],
     kv: KeyValues<'_>,
     spec: &AttentionSpec,
-    exec: &Exec,
     out: &mut [f32],
+    exec: &Exec,
 ) -> Result<(), KernelError> {
     let AttentionSpec { heads, qk_dim, .. } = *spec;
     let tokens = q.len() / (heads * qk_dim).max(1);
@@ -86,8 +86,8 @@ pub fn attention_lanes(
     q: &[f32],
     sequences: &[KeyValues<'_>],
     spec: &AttentionSpec,
-    exec: &Exec,
     out: &mut [f32],
+    exec: &Exec,
 ) -> Result<(), KernelError> {
     check(q, sequences, 1, spec, out)?;
     if !exec.batch_invariant && !sequences.is_empty() {
@@ -213,7 +213,7 @@ mod tests {
                 let (q, k, v) =
                     (numbers(tokens * 24, 1), numbers(keys * 12, 2), numbers(keys * 10, 3));
                 let mut out = vec![f32::NAN; tokens * 20];
-                attention(&q, flat(&k, &v, &s), &s, &exec, &mut out).unwrap();
+                attention(&q, flat(&k, &v, &s), &s, &mut out, &exec).unwrap();
                 for (o, e) in out.iter().zip(plain(&q, &k, &v, tokens, &s)) {
                     assert!((*o as f64 - e).abs() < 1e-5, "{isa:?} {tokens} {keys} {window:?}");
                 }
@@ -236,7 +236,7 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; 150 * 96];
-            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &Exec::default(), &mut out))
+            pool.install(|| attention(&q, flat(&k, &v, &s), &s, &mut out, &Exec::default()))
                 .unwrap();
             out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
@@ -261,7 +261,7 @@ mod tests {
             let run = |from: usize, to: usize| {
                 let kv = flat(&k[..to * 5], &v[..to * 7], &s);
                 let mut out = vec![0.0; (to - from) * 14];
-                attention(&q[from * 10..to * 10], kv, &s, &exec, &mut out).unwrap();
+                attention(&q[from * 10..to * 10], kv, &s, &mut out, &exec).unwrap();
                 out
             };
             let all = run(0, 230);
@@ -284,18 +284,18 @@ mod tests {
         };
         let (k, mut out) = ([0.0; 4], [0.0; 12]);
         let exec = Exec::default();
-        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &exec, &mut out).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &exec, &mut out[..8]).is_err());
-        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &exec, &mut out[..7]).is_err());
+        assert!(attention(&[0.0; 12], flat(&k, &k, &s), &s, &mut out, &exec).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k[..2], &s), &s, &mut out[..8], &exec).is_err());
+        assert!(attention(&[0.0; 8], flat(&k, &k, &s), &s, &mut out[..7], &exec).is_err());
         let kv = flat(&k, &k, &s);
-        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &exec, &mut out[..8]).is_ok());
-        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &exec, &mut out[..8]).is_err());
+        assert!(attention_lanes(&[0.0; 8], &[kv, kv], &s, &mut out[..8], &exec).is_ok());
+        assert!(attention_lanes(&[0.0; 8], &[kv], &s, &mut out[..8], &exec).is_err());
         let none = KeyValues { count: 0, ..kv };
-        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &exec, &mut out[..8]).is_err());
+        assert!(attention_lanes(&[0.0; 8], &[kv, none], &s, &mut out[..8], &exec).is_err());
         for kv_heads in [0, 3] {
             let s = AttentionSpec { kv_heads, ..s };
             assert!(
-                attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &exec, &mut out[..4])
+                attention(&[0.0; 4], KeyValues { count: 1, ..kv }, &s, &mut out[..4], &exec)
                     .is_err()
             );
         }

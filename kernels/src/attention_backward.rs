@@ -289,7 +289,7 @@ mod tests {
             value_strides: (s.kv_heads * s.v_dim, s.v_dim),
         };
         let mut out = vec![0.0; d_out.len()];
-        crate::attention(q, kv, s, exec, &mut out).unwrap();
+        crate::attention(q, kv, s, &mut out, exec).unwrap();
         attention_backward([q, k, v], &out, d_out, s, exec).unwrap()
     }
 

@@ -39,9 +39,9 @@ const ALONE_BELOW: usize = 1 << 20;
 pub fn linear_backward(
     dy: &[f32],
     w: MatView<'_>,
-    exec: &Exec,
     dx: &mut [f32],
     into: Into,
+    exec: &Exec,
 ) -> Result<(), KernelError> {
     let (m, k) = (w.rows(), w.cols());
     let tokens = dy.len().checked_div(m).unwrap_or(dx.len() / k.max(1));
@@ -193,9 +193,9 @@ mod tests {
                 cast::narrow(&w, dtype, &mut bytes[1..]);
                 let view = MatView::new(&bytes[1..], dtype, rows, cols).unwrap();
                 let mut dx = vec![1.0; tokens * cols];
-                linear_backward(&dy, view, &exec, &mut dx, Into::Overwrite).unwrap();
+                linear_backward(&dy, view, &mut dx, Into::Overwrite, &exec).unwrap();
                 let mut twice = dx.clone();
-                linear_backward(&dy, view, &exec, &mut twice, Into::Add).unwrap();
+                linear_backward(&dy, view, &mut twice, Into::Add, &exec).unwrap();
                 for (i, (once, twice)) in dx.iter().zip(twice).enumerate() {
                     let (t, c) = (i / cols, i % cols);
                     let sum: f64 = (0..rows)
@@ -218,7 +218,7 @@ mod tests {
         let run = |threads, tokens: usize, exec: &Exec| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let (dy, mut dx) = (&dy[..tokens * 500], vec![0.0; tokens * 300]);
-            pool.install(|| linear_backward(dy, view, exec, &mut dx, Into::Overwrite)).unwrap();
+            pool.install(|| linear_backward(dy, view, &mut dx, Into::Overwrite, exec)).unwrap();
             dx.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         for tokens in [3, 600] {
@@ -233,7 +233,7 @@ mod tests {
     fn wrong_sizes_are_refused() {
         let view = MatView::new(&[0; 24], Dtype::F32, 2, 3).unwrap();
         let run = |dy: &[f32], dx: &mut [f32]| {
-            linear_backward(dy, view, &Exec::default(), dx, Into::Add).is_ok()
+            linear_backward(dy, view, dx, Into::Add, &Exec::default()).is_ok()
         };
         assert!(!run(&[0.0; 3], &mut [0.0; 3]));
         assert!(!run(&[0.0; 2], &mut [0.0; 2]));

@@ -287,7 +287,7 @@ pub fn lora_linear_backward(
         back.iter_mut().for_each(|v| *v *= pair.scale);
     });
     if let Some(dx) = dx {
-        linear_backward(dy, w, exec, dx, Into::Overwrite)?;
+        linear_backward(dy, w, dx, Into::Overwrite, exec)?;
         let parts = Parts::new(dx);
         for_each(tokens.div_ceil(ROWS), shared(cols), |index| {
             let (from, to) = (index * ROWS, tokens.min((index + 1) * ROWS));

@@ -32,6 +32,14 @@ pub enum ModelError {
         /// Its family.
         family: &'static str,
     },
+    /// A token cannot visit so many experts.
+    #[error("{top_k} experts per token do not fit a model with {experts}")]
+    TopK {
+        /// Experts per token asked for.
+        top_k: usize,
+        /// Routed experts of a layer; 0 in a dense model.
+        experts: usize,
+    },
     /// More tokens than the model or the cache holds.
     #[error("{tokens} tokens do not fit into {what} of {limit}")]
     TooLong {
@@ -77,7 +85,10 @@ impl Explain for ModelError {
     fn kind(&self) -> Kind {
         match self {
             Self::Checkpoint(e) => e.kind(),
-            Self::NoRouters { .. } | Self::TooLong { .. } | Self::Token { .. } => Kind::Usage,
+            Self::NoRouters { .. }
+            | Self::TopK { .. }
+            | Self::TooLong { .. }
+            | Self::Token { .. } => Kind::Usage,
             Self::Device(CudaError::NoRoom { .. }) => Kind::NoRoom,
             Self::Device(e) if no_device(e) => Kind::Usage,
             _ => Kind::Input,
@@ -97,6 +108,16 @@ impl Explain for ModelError {
                 ("path", path.display().to_string()),
                 ("expected", "a mixture-of-experts model".into()),
                 ("found", format!("family `{family}`, no MoE layer")),
+            ],
+            Self::TopK { top_k, experts } => vec![
+                (
+                    "expected",
+                    match experts {
+                        0 => "a mixture-of-experts model".into(),
+                        _ => format!("1 to {experts} experts per token"),
+                    },
+                ),
+                ("found", top_k.to_string()),
             ],
             Self::TooLong { tokens, limit, .. } => vec![
                 ("expected", format!("at most {limit} tokens")),

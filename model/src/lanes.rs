@@ -32,6 +32,6 @@ pub(crate) fn attend(
     }
     let held: Vec<_> = caches.iter().zip(lens).map(|(cache, len)| cache.view(len + 1)).collect();
     let mut out = vec![0.0; lanes * width];
-    kernels::attention_lanes(&q, &held, spec, exec, &mut out).map_err(candle_core::Error::wrap)?;
+    kernels::attention_lanes(&q, &held, spec, &mut out, exec).map_err(candle_core::Error::wrap)?;
     Ok(Tensor::from_vec(out, (lanes, width), &Device::Cpu)?)
 }

@@ -222,6 +222,13 @@ impl Layer {
         }
     }
 
+    /// Lets every token visit `top_k` experts, in a MoE layer.
+    pub fn set_top_k(&mut self, top_k: usize) {
+        if let Feed::Moe(moe) = &mut self.mlp {
+            moe.spec.router.top_k = top_k;
+        }
+    }
+
     /// Rule and weights `[experts, hidden]` of its router, in a MoE layer.
     pub fn router(&self) -> Option<(&MoeMlp, &FrozenLinear)> {
         match &self.mlp {

@@ -11,7 +11,7 @@ use crate::error::ModelError;
 use crate::layer::{Layer, Past, norm};
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
 use crate::placement::Placement;
-use crate::spec::Spec;
+use crate::spec::{Mlp, Spec};
 use crate::weights::Weights;
 
 /// For which tokens of a pass logits are wanted.
@@ -70,6 +70,24 @@ impl Model {
             embedding,
             spec,
         })
+    }
+
+    /// Lets every token visit `top_k` experts instead of as many as the configuration says.
+    ///
+    /// # Errors
+    /// [`ModelError::TopK`] if it is 0 or more than there are, or the model is dense; nothing has changed then.
+    pub fn set_experts_per_token(&mut self, top_k: usize) -> Result<(), ModelError> {
+        let experts = self.spec.moe_layers().map(|(_, moe)| moe.experts).min().unwrap_or(0);
+        if top_k == 0 || top_k > experts {
+            return Err(ModelError::TopK { top_k, experts });
+        }
+        self.layers.iter_mut().for_each(|layer| layer.set_top_k(top_k));
+        for layer in &mut self.spec.layers {
+            if let Mlp::Moe(moe) = &mut layer.mlp {
+                moe.router.top_k = top_k;
+            }
+        }
+        Ok(())
     }
 
     /// What the model is made of.

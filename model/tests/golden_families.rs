@@ -87,3 +87,23 @@ fn deepseek_v1_equals_mixtral() {
     let difference = relative_difference(&logits(&source), &expected["logits"].values);
     assert!(difference > 1e-2, "weights that are not renormalised must show");
 }
+
+#[test]
+fn experts_per_token_can_be_chosen_when_a_model_runs() {
+    let mut source = source(&data("mixtral_fused"));
+    let tokens = [1, 5, 9, 2];
+    let run = |model: &Model| model.hidden_states(&tokens).unwrap().1;
+    let mut model = Model::open(&source).unwrap();
+    let as_configured = run(&model);
+    for experts in [1, 3] {
+        model.set_experts_per_token(experts).unwrap();
+        source.config.0.insert("num_experts_per_tok".to_owned(), json!(experts));
+        assert_eq!(run(&model), run(&Model::open(&source).unwrap()));
+        assert_ne!(run(&model), as_configured);
+    }
+    for experts in [0, 4] {
+        assert!(model.set_experts_per_token(experts).is_err());
+    }
+    model.set_experts_per_token(2).unwrap();
+    assert_eq!(run(&model), as_configured);
+}

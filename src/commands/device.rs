@@ -22,7 +22,20 @@ pub fn find(common: &Common) -> Result<Placement, Failure> {
 }
 
 /// Opens a model there; where nobody asked for the device and the model has no room on it, on the processor.
-pub fn open_model(source: &Source, exec: Exec, common: &Common) -> Result<Model, Failure> {
+pub fn open_model(
+    source: &Source,
+    exec: Exec,
+    experts_per_token: Option<usize>,
+    common: &Common,
+) -> Result<Model, Failure> {
+    let mut model = open(source, exec, common)?;
+    if let Some(experts) = experts_per_token {
+        model.set_experts_per_token(experts)?;
+    }
+    Ok(model)
+}
+
+fn open(source: &Source, exec: Exec, common: &Common) -> Result<Model, Failure> {
     match Model::open_on(source, exec, &find(common)?) {
         Err(e @ ModelError::Device(_))
             if common.device == Device::Auto && e.kind() == Kind::NoRoom =>

@@ -33,7 +33,8 @@ pub fn run(args: &GenerateArgs, common: &Common) -> Result<Outcome, Failure> {
         },
         end_of_text: if args.ignore_eos { EndOfText::Ignore } else { EndOfText::Stop },
     };
-    let model = super::device::open_model(&source, args.accuracy.exec(), common)?;
+    let model =
+        super::device::open_model(&source, args.accuracy.exec(), args.experts_per_token, common)?;
     let interrupt = exit::interrupt();
     let mut broken = None;
     let mut show = |piece: &str| {

@@ -17,7 +17,7 @@ use crate::render::{self, Failure};
 /// Computes and writes them.
 pub fn run(args: &LogitsArgs, common: &Common) -> Result<Outcome, Failure> {
     let source = super::open(&args.path, common)?;
-    let model = super::device::open_model(&source, Exec::default(), common)?;
+    let model = super::device::open_model(&source, Exec::default(), None, common)?;
     let spec = model.spec();
     let (tokens, vocab) = (args.tokens.as_slice(), spec.vocab);
     if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {

@@ -17,7 +17,8 @@ pub fn run(args: &PerplexityArgs, common: &Common) -> Result<Outcome, Failure> {
         args.text.iter().map(|p| super::read_text(p)).collect::<Result<_, _>>()?;
     let source = super::open(&args.path, common)?;
     let tokenizer = Tokenizer::from_source(&source)?;
-    let model = super::device::open_model(&source, args.accuracy.exec(), common)?;
+    let model =
+        super::device::open_model(&source, args.accuracy.exec(), args.experts_per_token, common)?;
     let window = args.window.unwrap_or(DEFAULT_WINDOW.min(model.spec().max_positions));
     let windows = Windows { window, stride: args.stride };
     let (mut rows, mut computed, mut seconds) = (Vec::new(), 0, 0.0);

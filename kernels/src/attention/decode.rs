@@ -451,7 +451,7 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut out = vec![0.0; q.len()];
-            pool.install(|| attention_lanes(&q, &views, &s, &Exec::default(), &mut out)).unwrap();
+            pool.install(|| attention_lanes(&q, &views, &s, &mut out, &Exec::default())).unwrap();
             out
         };
         let together = run(1);
@@ -459,7 +459,7 @@ mod tests {
         assert_eq!(together, run(3));
         for (i, kv) in views.iter().enumerate() {
             let mut alone = vec![0.0; 384];
-            crate::attention(&q[i * 384..][..384], *kv, &s, &Exec::default(), &mut alone).unwrap();
+            crate::attention(&q[i * 384..][..384], *kv, &s, &mut alone, &Exec::default()).unwrap();
             assert_eq!(together[i * 384..][..384], alone);
         }
     }

@@ -130,7 +130,7 @@ fn linear_equals_the_cpu() {
                 let on_device = CudaLinear::upload(&device, weight.view(), None).unwrap();
                 let [mut found, mut wanted] = [0, 1].map(|_| vec![f32::NAN; tokens * cols]);
                 on_device.backward(&dy, &mut found).unwrap();
-                linear_backward(&dy, weight.view(), &Exec::default(), &mut wanted, Into::Overwrite)
+                linear_backward(&dy, weight.view(), &mut wanted, Into::Overwrite, &Exec::default())
                     .unwrap();
                 near(&found, &wanted, EXACT, &format!("backward {dtype} {tokens} {rows} {cols}"));
             }

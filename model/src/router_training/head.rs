@@ -81,7 +81,7 @@ impl Head<'_> {
             nats.extend(found);
             if let Some(d) = &mut d_states {
                 let exec = Exec::default();
-                linear_backward(&logits, self.weight, &exec, &mut d[wide], dense::Into::Overwrite)?;
+                linear_backward(&logits, self.weight, &mut d[wide], dense::Into::Overwrite, &exec)?;
             }
         }
         let gradient = match d_states {
