@@ -18,12 +18,47 @@ pub struct Cache {
 /// Keys and values of one layer: `[kv_heads, capacity, dim]`.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Aligned,
+    values: Aligned,
     kv_heads: usize,
     qk_dim: usize,
     v_dim: usize,
     capacity: usize,
+}
+
+/// Numbers that begin at a cache line: vectors that lie across two take longer to read.
+#[derive(Debug)]
+struct Aligned {
+    all: Vec<f32>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    const LINE: usize = 64;
+
+    fn zeros(len: usize) -> Self {
+        // Memory that was never touched stays so: most of a cache may never be used.
+        let all = vec![0.0; len + Self::LINE / size_of::<f32>()];
+        let start = all.as_ptr().align_offset(Self::LINE).min(all.len() - len);
+        Self { all, start, len }
+    }
+
+    fn as_slice(&self) -> &[f32] {
+        &self.all[self.start..self.start + self.len]
+    }
+
+    fn numbers(&mut self) -> &mut [f32] {
+        &mut self.all[self.start..self.start + self.len]
+    }
+}
+
+impl Clone for Aligned {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeros(self.len);
+        copy.numbers().copy_from_slice(self.as_slice());
+        copy
+    }
 }
 
 impl Cache {
@@ -91,8 +126,8 @@ impl LayerCache {
         let a = &spec.attention;
         let (qk_dim, v_dim) = (a.qk_dim(), a.v_dim());
         Self {
-            keys: vec![0.0; a.kv_heads * capacity * qk_dim],
-            values: vec![0.0; a.kv_heads * capacity * v_dim],
+            keys: Aligned::zeros(a.kv_heads * capacity * qk_dim),
+            values: Aligned::zeros(a.kv_heads * capacity * v_dim),
             kv_heads: a.kv_heads,
             qk_dim,
             v_dim,
@@ -110,7 +145,7 @@ impl LayerCache {
             for (token, row) in new.chunks_exact(self.kv_heads * dim).enumerate() {
                 for (head, part) in row.chunks_exact(dim).enumerate() {
                     let to = (head * self.capacity + at + token) * dim;
-                    all[to..to + dim].copy_from_slice(part);
+                    all.numbers()[to..to + dim].copy_from_slice(part);
                 }
             }
         }
@@ -119,8 +154,8 @@ impl LayerCache {
     /// The first `count` positions.
     pub(crate) fn view(&self, count: usize) -> KeyValues<'_> {
         KeyValues {
-            keys: &self.keys,
-            values: &self.values,
+            keys: self.keys.as_slice(),
+            values: self.values.as_slice(),
             count,
             key_strides: (self.qk_dim, self.capacity * self.qk_dim),
             value_strides: (self.v_dim, self.capacity * self.v_dim),
