@@ -147,6 +147,40 @@ pub fn write_shards(
     Ok(results.into_iter().filter_map(|r| r.into_inner().ok().flatten()).collect())
 }
 
+/// Rows as bytes, in order: a few blocks at a time, each block on a thread of its own.
+///
+/// * `[rows, cols]` of the tensor, `width` bytes of a row
+/// * `fill` writes some rows; `put` takes what several blocks gave
+pub(crate) fn by_blocks(
+    [rows, cols]: [usize; 2],
+    width: usize,
+    scratch: &mut Vec<u8>,
+    fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), CheckpointError> + Sync,
+    mut put: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    if rows * cols == 0 {
+        return Ok(());
+    }
+    let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
+    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 4);
+    scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
+    for from in (0..rows).step_by(batch_rows) {
+        let to = rows.min(from + batch_rows);
+        let out = &mut scratch[..(to - from) * width];
+        let done: Vec<Result<(), CheckpointError>> = out
+            .par_chunks_mut(block_rows * width)
+            .enumerate()
+            .map(|(i, out)| {
+                let start = from + i * block_rows;
+                fill(start..start + out.len() / width, out)
+            })
+            .collect();
+        done.into_iter().collect::<Result<(), _>>()?;
+        put(out)?;
+    }
+    Ok(())
+}
+
 /// A lock whose holder cannot panic half way.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -266,35 +300,17 @@ impl<'a> ShardWriter<'a> {
         Ok(())
     }
 
-    /// Numbers that have to be computed or rounded: a few blocks of rows at a time, each block on a thread of its own.
+    /// Numbers that have to be computed or rounded.
     fn computed(&mut self, tensor: &OutTensor) -> Result<(), CheckpointError> {
-        let (rows, cols) = (tensor.weight.rows(), tensor.weight.cols());
-        if rows * cols == 0 {
-            return Ok(());
-        }
-        let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
-        let width = cols * tensor.dtype.size();
-        let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 4);
+        let sizes = [tensor.weight.rows(), tensor.weight.cols()];
+        let width = tensor.weight.cols() * tensor.dtype.size();
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
-        for from in (0..rows).step_by(batch_rows) {
-            let to = rows.min(from + batch_rows);
-            let out = &mut scratch[..(to - from) * width];
-            let done: Vec<Result<(), CheckpointError>> = out
-                .par_chunks_mut(block_rows * width)
-                .enumerate()
-                .map(|(i, out)| {
-                    let start = from + i * block_rows;
-                    narrow_rows(tensor, start..start + out.len() / width, out)
-                })
-                .collect();
-            done.into_iter().collect::<Result<(), _>>()?;
-            for chunk in out.chunks(CHUNK) {
-                self.put(chunk)?;
-            }
-        }
+        let fill = |rows: Range<usize>, out: &mut [u8]| narrow_rows(tensor, rows, out);
+        let done = by_blocks(sizes, width, &mut scratch, fill, |out| {
+            out.chunks(CHUNK).try_for_each(|chunk| self.put(chunk))
+        });
         self.scratch = scratch;
-        Ok(())
+        done
     }
 
     fn put(&mut self, chunk: &[u8]) -> Result<(), CheckpointError> {

@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use moe_merge_kernels::{Dtype, cast};
-use rayon::prelude::*;
 
 use crate::error::CheckpointError;
 use crate::gguf::kinds::TensorKind;
@@ -18,7 +17,7 @@ use crate::gguf::quantise;
 use crate::gguf::target::Target;
 use crate::publish::Replace;
 use crate::weight::WeightRef;
-use crate::write::Watch;
+use crate::write::{Watch, by_blocks};
 
 /// A metadata value to write.
 #[derive(Debug, Clone, PartialEq)]
@@ -295,34 +294,18 @@ impl Writer<'_> {
         }
     }
 
-    /// Numbers that have to be computed or rounded: a few blocks of rows at a time, each block on a thread of its own.
+    /// Numbers that have to be computed or rounded.
     fn computed(&mut self, weight: &WeightRef, storage: Storage) -> Result<(), CheckpointError> {
-        let (rows, cols) = (weight.rows(), weight.cols());
-        if rows * cols == 0 {
-            return Ok(());
-        }
-        let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
-        let width = storage.bytes(cols);
-        let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 4);
+        let sizes = [weight.rows(), weight.cols()];
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
-        for from in (0..rows).step_by(batch_rows) {
-            let to = rows.min(from + batch_rows);
-            let out = &mut scratch[..(to - from) * width];
-            let done: Vec<Result<(), CheckpointError>> = out
-                .par_chunks_mut(block_rows * width)
-                .enumerate()
-                .map(|(i, out)| {
-                    let start = from + i * block_rows;
-                    store_rows(weight, start..start + out.len() / width, storage, out)
-                })
-                .collect();
-            done.into_iter().collect::<Result<(), _>>()?;
+        let fill = |rows: Range<usize>, out: &mut [u8]| store_rows(weight, rows, storage, out);
+        let done = by_blocks(sizes, storage.bytes(weight.cols()), &mut scratch, fill, |out| {
             self.put(out)?;
             (self.watch.progress)(out.len() as u64);
-        }
+            Ok(())
+        });
         self.scratch = scratch;
-        Ok(())
+        done
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
