@@ -266,3 +266,24 @@ pub(crate) fn embed(
     }
     Ok(Tensor::from_vec(x, (tokens.len(), spec.hidden), &Device::Cpu)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use moe_merge_kernels::Accuracy;
+
+    use super::*;
+
+    #[test]
+    fn routers_choose_by_exact_products_in_a_fast_model() {
+        let folder = moe_merge_testkit::repository("model/tests/data/mixtral_fused");
+        let source = Source::open(&folder.display().to_string().parse().unwrap(), Path::new("."));
+        let model = Model::open_with(&source.unwrap(), Exec::fast()).unwrap();
+        assert_eq!(model.head.exec.accuracy, Accuracy::Fast);
+        for layer in &model.layers {
+            let (_, router) = layer.router().expect("every layer is a MoE");
+            assert_eq!(router.exec.accuracy, Accuracy::Exact);
+        }
+    }
+}
