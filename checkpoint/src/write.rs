@@ -372,7 +372,10 @@ impl<'a> ShardWriter<'a> {
     }
 }
 
-/// Length, names, shapes and offsets, padded so that the first tensor begins at a multiple of eight bytes.
+/// What the first tensor begins at a multiple of: a cache line. Rows that lie across two are read more slowly.
+const ALIGNMENT: usize = 64;
+
+/// Length, names, shapes and offsets, padded so that the first tensor begins at a multiple of [`ALIGNMENT`].
 fn header(tensors: &[&OutTensor]) -> Vec<u8> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({ "format": "pt" }));
@@ -391,7 +394,8 @@ fn header(tensors: &[&OutTensor]) -> Vec<u8> {
         offset = end;
     }
     let mut json = Value::Object(map).to_string().into_bytes();
-    json.resize(json.len().next_multiple_of(8), b' ');
+    let length = size_of::<u64>();
+    json.resize((length + json.len()).next_multiple_of(ALIGNMENT) - length, b' ');
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.append(&mut json);
     header
