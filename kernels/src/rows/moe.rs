@@ -1,6 +1,7 @@
 //! Sparse dispatch of few tokens.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use super::{FEW, Form, PAD, Prepared, SHARED_FROM, TASK, multiply, multiply_vectors, set};
 use crate::activation::Activation;
@@ -10,6 +11,7 @@ use crate::exec::Exec;
 use crate::routing::Routing;
 use crate::scratch::Scratch;
 use crate::tasks::{self, Parts};
+use crate::view::MatView;
 
 /// Pairs of token and slot that chose the same expert, whose weights are read once for all of them.
 #[derive(Clone, Copy, Default)]
@@ -124,9 +126,6 @@ impl Layer<'_> {
 
     /// `h = f(gate(x)) * up(x)` of every pair, in the form that its expert's down product reads.
     fn gate_and_up(&self, x: &[f32], activation: Activation) -> Inner {
-        let pairs = self.routing.ids.len();
-        let widest = self.chosen().map(|e| e.gate.rows()).max().unwrap_or(0);
-        let stride = widest.next_multiple_of(PAD);
         let prepared = [Form::Plain, Form::Split].map(|form| {
             let wanted = |e: &ExpertView<'_>| {
                 Form::of(e.gate.dtype()) == form || Form::of(e.up.dtype()) == form
@@ -135,43 +134,26 @@ impl Layer<'_> {
                 .any(wanted)
                 .then(|| Prepared::in_form(x, self.routing.tokens, self.hidden, form, self.exec))
         });
-        let bytes = |e: &ExpertView<'_>| e.gate.bytes().len() + e.up.bytes().len();
-        let row = self.chosen().map(|e| bytes(e) / e.gate.rows().max(1)).max().unwrap_or(0);
-        let block = (TASK / row.max(1)).clamp(1, widest.max(1));
-        let blocks = widest.div_ceil(block);
-        let mut plain = Scratch::new(pairs * stride);
-        let h = Parts::new(&mut plain);
-        let share = self.chosen().map(bytes).sum::<usize>() >= SHARED_FROM;
-        tasks::for_each(self.groups.len() * blocks, share, |task| {
-            let group = &self.groups[task / blocks];
+        let widest = self.chosen().map(|e| e.gate.rows()).max().unwrap_or(0);
+        let stride = widest.next_multiple_of(PAD);
+        let size = self.routing.ids.len() * stride;
+        let mut both = Scratch::new(2 * size); // gate, up: [pairs, stride]
+        self.each_block(2, &mut both, (size, stride), |matrix, group, rows, sums| {
             let expert = &self.experts[group.expert];
-            let (from, to) = (task % blocks * block, expert.gate.rows());
-            let to = to.min(from + block);
-            if from >= to {
-                return;
-            }
-            let count = group.count;
-            let mut sums = Scratch::new(2 * (to - from) * count);
-            let (gate, up) = sums.split_at_mut((to - from) * count);
-            for (w, sums) in [(expert.gate, &mut *gate), (expert.up, &mut *up)] {
-                let x = prepared.iter().flatten().find(|x| x.form == Form::of(w.dtype()));
-                let x = x.expect("prepared above for every chosen expert");
-                multiply(w.slice_rows(from, to), x, &group.tokens[..count], sums);
-            }
-            activation.gate(gate, up);
-            for (i, pair) in group.pairs[..count].iter().enumerate() {
-                // SAFETY: no other task has these rows of this pair.
-                let h = unsafe { h.range(pair * stride + from, to - from) };
-                h.iter_mut().zip(gate.iter().skip(i).step_by(count)).for_each(|(h, v)| *h = *v);
-            }
+            let w = [expert.gate, expert.up][matrix];
+            let x = prepared.iter().flatten().find(|x| x.form == Form::of(w.dtype()));
+            let x = x.expect("prepared above for every chosen expert");
+            multiply(w.slice_rows(rows.start, rows.end), x, &group.tokens[..group.count], sums);
         });
-        let mut numbers = Scratch::new(pairs * stride);
+        let (gate, up) = both.split_at_mut(size);
+        let mut numbers = Scratch::new(size);
         for group in self.groups {
             let down = &self.experts[group.expert].down;
             for pair in &group.pairs[..group.count] {
-                let (from, to) = (&plain[pair * stride..], &mut numbers[pair * stride..]);
-                let form = Form::of(down.dtype());
-                form.put(set(self.exec), &from[..down.cols()], &mut to[..stride]);
+                let inner = pair * stride..pair * stride + down.cols();
+                activation.gate(&mut gate[inner.clone()], &up[inner.clone()]);
+                let to = &mut numbers[pair * stride..(pair + 1) * stride];
+                Form::of(down.dtype()).put(set(self.exec), &gate[inner], to);
             }
         }
         Inner { numbers, stride }
@@ -179,38 +161,66 @@ impl Layer<'_> {
 
     /// `out[t] = sum_slot weight[t, slot] * down(h[t, slot])`.
     fn down_and_combine(&self, h: &Inner, out: &mut [f32]) {
-        let (tokens, k, hidden) = (self.routing.tokens, self.routing.top_k, self.hidden);
-        let bytes: usize = self.chosen().map(|e| e.down.bytes().len()).sum();
-        let block = (TASK / (bytes / hidden.max(1)).max(1)).clamp(1, hidden.max(1));
-        let out = Parts::new(out);
-        tasks::for_each(hidden.div_ceil(block), bytes >= SHARED_FROM, |task| {
-            let (from, to) = (task * block, hidden.min((task + 1) * block));
-            let rows = to - from;
-            let mut y = Scratch::new(tokens * k * rows); // [pairs, rows]
-            let mut sums = Scratch::new(rows * FEW);
-            for group in self.groups {
-                let down = self.experts[group.expert].down.slice_rows(from, to);
-                let pairs = &group.pairs[..group.count];
-                let mut vectors: [&[f32]; FEW] = [&[]; FEW];
-                for (vector, pair) in vectors.iter_mut().zip(pairs) {
-                    *vector = &h.numbers[pair * h.stride..(pair + 1) * h.stride];
-                }
-                let sums = &mut sums[..rows * pairs.len()];
-                multiply_vectors(down, vectors, pairs.len(), sums, set(self.exec));
-                for (i, pair) in pairs.iter().enumerate() {
-                    let y = &mut y[pair * rows..(pair + 1) * rows];
-                    let sums = sums.iter().skip(i).step_by(pairs.len());
-                    y.iter_mut().zip(sums).for_each(|(y, v)| *y = *v);
-                }
+        let (k, hidden) = (self.routing.top_k, self.hidden);
+        let mut y = Scratch::new(self.routing.ids.len() * hidden); // [pairs, hidden]
+        let size = y.len();
+        self.each_block(1, &mut y, (size, hidden), |_, group, rows, sums| {
+            let down = self.experts[group.expert].down.slice_rows(rows.start, rows.end);
+            let mut vectors: [&[f32]; FEW] = [&[]; FEW];
+            for (vector, pair) in vectors.iter_mut().zip(&group.pairs[..group.count]) {
+                *vector = &h.numbers[pair * h.stride..(pair + 1) * h.stride];
             }
-            for token in 0..tokens {
-                // SAFETY: no other task has these columns.
-                let out = unsafe { out.range(token * hidden + from, rows) };
-                out.fill(0.0);
-                for pair in token * k..(token + 1) * k {
-                    let (weight, y) = (self.routing.weights[pair], &y[pair * rows..][..rows]);
-                    out.iter_mut().zip(y).for_each(|(o, v)| *o += weight * v);
-                }
+            multiply_vectors(down, vectors, group.count, sums, set(self.exec));
+        });
+        for (token, out) in out.chunks_exact_mut(hidden.max(1)).enumerate() {
+            out.fill(0.0);
+            for pair in token * k..(token + 1) * k {
+                let (weight, y) = (self.routing.weights[pair], &y[pair * hidden..][..hidden]);
+                out.iter_mut().zip(y).for_each(|(o, v)| *o += weight * v);
+            }
+        }
+    }
+
+    /// Products with gate and up, or with down, of the chosen experts, in blocks of rows. Whoever takes one block after
+    /// the other reads on where it stopped: going from one matrix to another and back costs the memory's speed.
+    ///
+    /// * `matrices`: 2 for gate and up, 1 for down
+    /// * `product(matrix, group, rows, sums)`: `sums` is `[rows, group.count]`
+    /// * `all`: for each matrix, `size` apart, `[pairs, stride]`
+    fn each_block(
+        &self,
+        matrices: usize,
+        all: &mut [f32],
+        (size, stride): (usize, usize),
+        product: impl Fn(usize, &Group, Range<usize>, &mut [f32]) + Sync,
+    ) {
+        fn weight<'a>(e: &ExpertView<'a>, matrices: usize) -> MatView<'a> {
+            if matrices == 2 { e.gate } else { e.down }
+        }
+        let rows = self.chosen().map(|e| weight(e, matrices).rows()).max().unwrap_or(0);
+        let bytes: usize =
+            self.chosen().map(|e| matrices * weight(e, matrices).bytes().len()).sum();
+        let count = matrices * self.groups.len();
+        let row = bytes / (count * rows).max(1);
+        let block = (TASK / row.max(1)).clamp(1, rows.max(1));
+        let blocks = rows.div_ceil(block);
+        let all = Parts::new(all);
+        tasks::for_each(count * blocks, bytes >= SHARED_FROM, |task| {
+            let (matrix, group) =
+                (task / blocks % matrices, &self.groups[task / blocks / matrices]);
+            let from = task % blocks * block;
+            let to = weight(&self.experts[group.expert], matrices).rows().min(from + block);
+            if from >= to {
+                return;
+            }
+            let mut sums = Scratch::new((to - from) * group.count);
+            product(matrix, group, from..to, &mut sums);
+            for (i, pair) in group.pairs[..group.count].iter().enumerate() {
+                // SAFETY: no other task has these rows of this pair and matrix.
+                let out = unsafe { all.range(matrix * size + pair * stride + from, to - from) };
+                out.iter_mut()
+                    .zip(sums.iter().skip(i).step_by(group.count))
+                    .for_each(|(out, sum)| *out = *sum);
             }
         });
     }
@@ -221,7 +231,6 @@ mod tests {
     use super::super::tests::{numbers, sets, stored};
     use super::*;
     use crate::cast::Dtype;
-    use crate::view::MatView;
 
     /// Bytes and values of gate, up and down.
     type Stored = [(Vec<u8>, Vec<f32>); 3];
