@@ -4,6 +4,7 @@ mod decode;
 pub(crate) mod panel;
 pub(crate) mod prefill;
 
+use crate::Dtype;
 use crate::error::KernelError;
 use crate::exec::Exec;
 
@@ -29,13 +30,27 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
 }
 
+/// What keys and values may be kept as.
+pub trait KeptNumber: bytemuck::Pod + Send + Sync {
+    /// Its dtype: [`Dtype::F32`] or [`Dtype::F16`].
+    const DTYPE: Dtype;
+}
+
+impl KeptNumber for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl KeptNumber for half::f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+
 /// Keys and values at any strides: a flat projection `[keys, kv_heads * dim]`, or a cache `[kv_heads, capacity, dim]`.
 #[derive(Debug, Clone, Copy)]
-pub struct KeyValues<'a> {
+pub struct KeyValues<'a, T = f32> {
     /// Key numbers.
-    pub keys: &'a [f32],
+    pub keys: &'a [T],
     /// Value numbers.
-    pub values: &'a [f32],
+    pub values: &'a [T],
     /// Positions there are.
     pub count: usize,
     /// From one position to the next, and from one head to the next, in `keys`.
@@ -54,9 +69,9 @@ pub struct KeyValues<'a> {
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
-pub fn attention(
+pub fn attention<T: KeptNumber>(
     q: &[f32],
-    kv: KeyValues<'_>,
+    kv: KeyValues<'_, T>,
     spec: &AttentionSpec,
     out: &mut [f32],
     exec: &Exec,
@@ -82,9 +97,9 @@ pub fn attention(
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
-pub fn attention_lanes(
+pub fn attention_lanes<T: KeptNumber>(
     q: &[f32],
-    sequences: &[KeyValues<'_>],
+    sequences: &[KeyValues<'_, T>],
     spec: &AttentionSpec,
     out: &mut [f32],
     exec: &Exec,
@@ -103,9 +118,9 @@ pub fn attention_lanes(
 }
 
 /// Whether `tokens` queries for each sequence, its keys and values, and the output have the sizes they need.
-fn check(
+fn check<T>(
     q: &[f32],
-    sequences: &[KeyValues<'_>],
+    sequences: &[KeyValues<'_, T>],
     tokens: usize,
     spec: &AttentionSpec,
     out: &[f32],

@@ -47,7 +47,7 @@ mod view;
 mod widen;
 
 pub use activation::Activation;
-pub use attention::{AttentionSpec, KeyValues, attention, attention_lanes};
+pub use attention::{AttentionSpec, KeptNumber, KeyValues, attention, attention_lanes};
 pub use attention_backward::{AttentionGradients, attention_backward};
 pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::Dtype;
+use crate::attention::KeptNumber;
 use crate::cast;
 use crate::exec::Isa;
 use crate::vector::{Job, Vector, run};
@@ -30,6 +31,18 @@ pub(crate) fn widen(
     let bytes = &w.bytes()[cols.start * size..];
     let (rows, cols, stride) = (rows.len(), cols.len(), w.cols() * size);
     run(isa, Widen { bytes, dtype: w.dtype(), rows, cols, stride, out, width });
+}
+
+/// The first `cols` numbers of `rows` rows that begin `stride` numbers apart, as `[rows, cols]`.
+pub(crate) fn widen_strided<T: KeptNumber>(
+    isa: Isa,
+    numbers: &[T],
+    stride: usize,
+    [rows, cols]: [usize; 2],
+    out: &mut [f32],
+) {
+    let (bytes, stride) = (bytemuck::cast_slice(numbers), stride * size_of::<T>());
+    run(isa, Widen { bytes, dtype: T::DTYPE, rows, cols, stride, out, width: cols });
 }
 
 struct Widen<'a> {

@@ -1,12 +1,14 @@
 //! Keys and values of the tokens seen so far.
 
-use moe_merge_kernels::KeyValues;
+use half::f16;
+use moe_merge_kernels::{Accuracy, KeptNumber, KeyValues};
 
 use crate::error::ModelError;
 use crate::model::Model;
 use crate::spec::Spec;
 
-/// Keys and values of all layers, allocated once.
+/// Keys and values of all layers, allocated once: f32, or f16 for a model that computes [`Accuracy::Fast`], whose larger
+/// numbers become the largest one.
 #[derive(Debug, Clone)]
 pub struct Cache {
     pub(crate) layers: Vec<LayerCache>,
@@ -15,11 +17,19 @@ pub struct Cache {
     len: usize,
 }
 
+/// Keys and values of one layer, as exact as the model computes.
+#[derive(Debug, Clone)]
+pub(crate) enum LayerCache {
+    F32(Kept<f32>),
+    /// Half the bytes to read for every token.
+    F16(Kept<f16>),
+}
+
 /// Keys and values of one layer: `[kv_heads, capacity, dim]`.
 #[derive(Debug, Clone)]
-pub(crate) struct LayerCache {
-    keys: Aligned,
-    values: Aligned,
+pub(crate) struct Kept<T: KeptNumber> {
+    keys: Aligned<T>,
+    values: Aligned<T>,
     kv_heads: usize,
     qk_dim: usize,
     v_dim: usize,
@@ -28,32 +38,32 @@ pub(crate) struct LayerCache {
 
 /// Numbers that begin at a cache line: vectors that lie across two take longer to read.
 #[derive(Debug)]
-struct Aligned {
-    all: Vec<f32>,
+struct Aligned<T: KeptNumber> {
+    all: Vec<T>,
     start: usize,
     len: usize,
 }
 
-impl Aligned {
+impl<T: KeptNumber> Aligned<T> {
     const LINE: usize = 64;
 
     fn zeros(len: usize) -> Self {
         // Memory that was never touched stays so: most of a cache may never be used.
-        let all = vec![0.0; len + Self::LINE / size_of::<f32>()];
+        let all: Vec<T> = bytemuck::zeroed_vec(len + Self::LINE / size_of::<T>());
         let start = all.as_ptr().align_offset(Self::LINE).min(all.len() - len);
         Self { all, start, len }
     }
 
-    fn as_slice(&self) -> &[f32] {
+    fn as_slice(&self) -> &[T] {
         &self.all[self.start..self.start + self.len]
     }
 
-    fn numbers(&mut self) -> &mut [f32] {
+    fn numbers(&mut self) -> &mut [T] {
         &mut self.all[self.start..self.start + self.len]
     }
 }
 
-impl Clone for Aligned {
+impl<T: KeptNumber> Clone for Aligned<T> {
     fn clone(&self) -> Self {
         let mut copy = Self::zeros(self.len);
         copy.numbers().copy_from_slice(self.as_slice());
@@ -66,7 +76,7 @@ impl Cache {
     pub fn new(model: &Model, capacity: usize) -> Self {
         let spec = model.spec();
         Self {
-            layers: spec.layers.iter().map(|_| LayerCache::new(spec, capacity)).collect(),
+            layers: spec.layers.iter().map(|_| LayerCache::new(model, capacity)).collect(),
             capacity,
             max_positions: spec.max_positions,
             len: 0,
@@ -122,7 +132,29 @@ impl Cache {
 
 impl LayerCache {
     /// Room for `capacity` tokens.
-    pub(crate) fn new(spec: &Spec, capacity: usize) -> Self {
+    pub(crate) fn new(model: &Model, capacity: usize) -> Self {
+        match model.accuracy() {
+            Accuracy::Exact => Self::F32(Kept::new(model.spec(), capacity)),
+            Accuracy::Fast => Self::F16(Kept::new(model.spec(), capacity)),
+        }
+    }
+
+    /// Puts keys `[tokens, kv_heads * qk_dim]` and values `[tokens, kv_heads * v_dim]` at positions from `at` on.
+    ///
+    /// The caller has checked that they fit.
+    pub(crate) fn put(&mut self, at: usize, keys: &[f32], values: &[f32]) {
+        match self {
+            Self::F32(kept) => kept.put(at, keys, values, <[f32]>::copy_from_slice),
+            Self::F16(kept) => kept.put(at, keys, values, |to, from| {
+                let most = f16::MAX.to_f32();
+                to.iter_mut().zip(from).for_each(|(t, f)| *t = f16::from_f32(f.clamp(-most, most)));
+            }),
+        }
+    }
+}
+
+impl<T: KeptNumber> Kept<T> {
+    fn new(spec: &Spec, capacity: usize) -> Self {
         let a = &spec.attention;
         let (qk_dim, v_dim) = (a.qk_dim(), a.v_dim());
         Self {
@@ -135,24 +167,21 @@ impl LayerCache {
         }
     }
 
-    /// Puts keys `[tokens, kv_heads * qk_dim]` and values `[tokens, kv_heads * v_dim]` at positions from `at` on.
-    ///
-    /// The caller has checked that they fit.
-    pub(crate) fn put(&mut self, at: usize, keys: &[f32], values: &[f32]) {
+    fn put(&mut self, at: usize, keys: &[f32], values: &[f32], keep: impl Fn(&mut [T], &[f32])) {
         for (all, new, dim) in
             [(&mut self.keys, keys, self.qk_dim), (&mut self.values, values, self.v_dim)]
         {
             for (token, row) in new.chunks_exact(self.kv_heads * dim).enumerate() {
                 for (head, part) in row.chunks_exact(dim).enumerate() {
                     let to = (head * self.capacity + at + token) * dim;
-                    all.numbers()[to..to + dim].copy_from_slice(part);
+                    keep(&mut all.numbers()[to..to + dim], part);
                 }
             }
         }
     }
 
     /// The first `count` positions.
-    pub(crate) fn view(&self, count: usize) -> KeyValues<'_> {
+    pub(crate) fn view(&self, count: usize) -> KeyValues<'_, T> {
         KeyValues {
             keys: self.keys.as_slice(),
             values: self.values.as_slice(),

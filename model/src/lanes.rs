@@ -30,8 +30,19 @@ pub(crate) fn attend(
     for (((k, v), cache), &len) in rows.zip(&mut *caches).zip(lens) {
         cache.put(len, k, v);
     }
-    let held: Vec<_> = caches.iter().zip(lens).map(|(cache, len)| cache.view(len + 1)).collect();
     let mut out = vec![0.0; lanes * width];
-    kernels::attention_lanes(&q, &held, spec, &mut out, exec).map_err(candle_core::Error::wrap)?;
+    let (mut exact, mut half) = (Vec::new(), Vec::new());
+    for (cache, len) in caches.iter().zip(lens) {
+        match cache {
+            LayerCache::F32(kept) => exact.push(kept.view(len + 1)),
+            LayerCache::F16(kept) => half.push(kept.view(len + 1)),
+        }
+    }
+    // All are of one model, and so of one kind.
+    match half.is_empty() {
+        true => kernels::attention_lanes(&q, &exact, spec, &mut out, exec),
+        false => kernels::attention_lanes(&q, &half, spec, &mut out, exec),
+    }
+    .map_err(candle_core::Error::wrap)?;
     Ok(Tensor::from_vec(out, (lanes, width), &Device::Cpu)?)
 }

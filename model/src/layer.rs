@@ -355,8 +355,9 @@ impl Layer {
             }
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
-                let kv = cache.view(len + q.dim(0)?);
-                q.apply_op1_no_bwd(&CachedAttention { spec: kernel, exec: self.exec, kv })?
+                let count = len + q.dim(0)?;
+                let (spec, exec) = (kernel, self.exec);
+                q.apply_op1_no_bwd(&CachedAttention { spec, exec, cache: &*cache, count })?
             }
         };
         Ok(o.forward(&mixed)?)

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{Exec, RopeSpec, RopeTable};
+use moe_merge_kernels::{Accuracy, Exec, RopeSpec, RopeTable};
 
 use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
@@ -88,6 +88,11 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// How its products are computed.
+    pub fn accuracy(&self) -> Accuracy {
+        self.head.accuracy()
     }
 
     /// What the model is made of.

@@ -20,6 +20,7 @@ use moe_merge_kernels::{
 };
 use rayon::prelude::*;
 
+use crate::cache::LayerCache;
 use crate::error::ModelError;
 use crate::placement::Placement;
 
@@ -451,7 +452,9 @@ impl CustomOp3 for SelfAttention {
 pub(crate) struct CachedAttention<'a> {
     pub spec: AttentionSpec,
     pub exec: Exec,
-    pub kv: KeyValues<'a>,
+    pub cache: &'a LayerCache,
+    /// Positions of the cache, the new ones last.
+    pub count: usize,
 }
 
 impl CustomOp1 for CachedAttention<'_> {
@@ -464,7 +467,15 @@ impl CustomOp1 for CachedAttention<'_> {
         let tokens = layout.shape().dims2()?.0;
         let width = self.spec.heads * self.spec.v_dim;
         let mut out = vec![0.0; tokens * width];
-        kernels::attention(q, self.kv, &self.spec, &mut out, &self.exec).map_err(refused)?;
+        match self.cache {
+            LayerCache::F32(kept) => {
+                kernels::attention(q, kept.view(self.count), &self.spec, &mut out, &self.exec)
+            }
+            LayerCache::F16(kept) => {
+                kernels::attention(q, kept.view(self.count), &self.spec, &mut out, &self.exec)
+            }
+        }
+        .map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }

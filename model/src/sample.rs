@@ -143,7 +143,7 @@ fn run(
             let sampler = Sampler::numbered(sampling, number as u64)?;
             lanes.push(Lane { number, tokens: start.clone(), done: 0, end, sampler });
             for layer in caches.iter_mut().filter(|layer| layer.len() < lanes.len()) {
-                layer.push(LayerCache::new(model.spec(), capacity));
+                layer.push(LayerCache::new(model, capacity));
             }
         }
         if lanes.is_empty() {

@@ -5,12 +5,14 @@
 
 use std::ops::Range;
 
-use super::{AttentionSpec, KeyValues};
+use super::{AttentionSpec, KeptNumber, KeyValues};
+use crate::Dtype;
 use crate::exec::Isa;
 use crate::scratch::Scratch;
 use crate::simd::exp;
 use crate::tasks::{self, Parts};
 use crate::vector::{self, Job, Vector};
+use crate::widen::stored;
 
 /// Keys of one task. Fixed, so that no bit depends on the number of threads.
 const SPAN: usize = 1024;
@@ -25,6 +27,9 @@ const KEYS: usize = 4;
 /// Bytes of keys and values from which on other threads help.
 const SHARED_FROM: usize = 2 << 20;
 
+/// Numbers in the longest vector.
+const MOST_LANES: usize = 16;
+
 /// Numbers before the weighted values in a row of a partial result: largest score, sum of weights, last correction, none.
 const STATE: usize = 4;
 const LARGEST: usize = 0;
@@ -34,9 +39,9 @@ const CORRECTION: usize = 2;
 /// Attention of `tokens` queries of each sequence, the last of which stands at its last key; all sizes are checked.
 ///
 /// * `q`: `[sequences, tokens, heads * qk_dim]`; `out`: `[sequences, tokens, heads * v_dim]`; `tokens > 0`
-pub(super) fn decode(
+pub(super) fn decode<T: KeptNumber>(
     q: &[f32],
-    sequences: &[KeyValues<'_>],
+    sequences: &[KeyValues<'_, T>],
     tokens: usize,
     spec: &AttentionSpec,
     out: &mut [f32],
@@ -44,10 +49,10 @@ pub(super) fn decode(
 ) {
     let AttentionSpec { heads, kv_heads, qk_dim, v_dim, .. } = *spec;
     let rows = tokens * heads / kv_heads;
-    let seen = |kv: &KeyValues<'_>| first_key(kv, tokens, spec)..kv.count;
+    let seen = |kv: &KeyValues<'_, T>| first_key(kv.count, tokens, spec)..kv.count;
     let spans = sequences.iter().map(|kv| seen(kv).len().div_ceil(SPAN)).max().unwrap_or(0);
     let keys: usize = sequences.iter().map(|kv| seen(kv).len()).sum();
-    let share = keys * kv_heads * (qk_dim + v_dim) * size_of::<f32>() >= SHARED_FROM;
+    let share = keys * kv_heads * (qk_dim + v_dim) * size_of::<T>() >= SHARED_FROM;
     let width = STATE + v_dim;
     let mut partial = Scratch::new(sequences.len() * kv_heads * spans * rows * width);
     let parts = Parts::new(&mut partial);
@@ -76,8 +81,8 @@ pub(super) fn decode(
 }
 
 /// The first key that any of the queries sees.
-fn first_key(kv: &KeyValues<'_>, tokens: usize, spec: &AttentionSpec) -> usize {
-    (kv.count - tokens + 1).saturating_sub(spec.window.unwrap_or(usize::MAX))
+fn first_key(count: usize, tokens: usize, spec: &AttentionSpec) -> usize {
+    (count - tokens + 1).saturating_sub(spec.window.unwrap_or(usize::MAX))
 }
 
 /// Puts the parts of one row together: each is weighed with `exp(largest - largest of all)`.
@@ -94,9 +99,9 @@ fn combine<'a>(states: impl Iterator<Item = &'a [f32]> + Clone, out: &mut [f32])
 }
 
 /// Some keys of one key-value head, for all queries of the heads it serves.
-struct Span<'a> {
+struct Span<'a, T> {
     q: &'a [f32], // [tokens, heads * qk_dim]
-    kv: KeyValues<'a>,
+    kv: KeyValues<'a, T>,
     spec: &'a AttentionSpec,
     tokens: usize,
     head: usize,
@@ -105,7 +110,7 @@ struct Span<'a> {
     scores: &'a mut [f32], // [rows, BLOCK]
 }
 
-impl Job for Span<'_> {
+impl<T: KeptNumber> Job for Span<'_, T> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Vector>(self) {
@@ -133,11 +138,11 @@ impl Job for Span<'_> {
                 unsafe {
                     let k = (keys.as_ptr(), key_step);
                     match tile {
-                        1 => products::<S, 1>([query(first)], k, count, scores),
-                        2 => products::<S, 2>([0, 1].map(|i| query(first + i)), k, count, scores),
+                        1 => products::<S, T, 1>([query(first)], k, count, scores),
+                        2 => products::<S, T, 2>([0, 1].map(|i| query(first + i)), k, count, scores),
                         _ => {
                             let q = [0, 1, 2].map(|i| query(first + i));
-                            products::<S, ROWS>(q, k, count, scores);
+                            products::<S, T, ROWS>(q, k, count, scores);
                         }
                     }
                 }
@@ -158,9 +163,9 @@ impl Job for Span<'_> {
                 unsafe {
                     let v = (values.as_ptr(), value_step);
                     match tile {
-                        1 => weigh::<S, 1>(scores, v, count, v_dim, state),
-                        2 => weigh::<S, 2>(scores, v, count, v_dim, state),
-                        _ => weigh::<S, ROWS>(scores, v, count, v_dim, state),
+                        1 => weigh::<S, T, 1>(scores, v, count, v_dim, state),
+                        2 => weigh::<S, T, 2>(scores, v, count, v_dim, state),
+                        _ => weigh::<S, T, ROWS>(scores, v, count, v_dim, state),
                     }
                 }
             }
@@ -183,9 +188,9 @@ fn tiles(rows: usize) -> impl Iterator<Item = (usize, usize)> {
 /// `count` keys of the queries' length can be read at `k`, a pointer and the distance from one to the next; the processor has
 /// the set of `S`.
 #[inline(always)]
-unsafe fn products<S: Vector, const T: usize>(
+unsafe fn products<S: Vector, E: KeptNumber, const T: usize>(
     q: [&[f32]; T],
-    k: (*const f32, usize),
+    k: (*const E, usize),
     count: usize,
     scores: &mut [f32], // [T, BLOCK]
 ) {
@@ -193,14 +198,14 @@ unsafe fn products<S: Vector, const T: usize>(
     // SAFETY: the caller's; fewer than `count` keys are read.
     unsafe {
         while j + KEYS <= count {
-            let sums = some_products::<S, T, KEYS>(q, k.0.add(j * k.1), k.1);
+            let sums = some_products::<S, E, T, KEYS>(q, k.0.add(j * k.1), k.1);
             for t in 0..T {
                 scores[t * BLOCK + j..][..KEYS].copy_from_slice(&sums[t]);
             }
             j += KEYS;
         }
         while j < count {
-            let sums = some_products::<S, T, 1>(q, k.0.add(j * k.1), k.1);
+            let sums = some_products::<S, E, T, 1>(q, k.0.add(j * k.1), k.1);
             for t in 0..T {
                 scores[t * BLOCK + j] = sums[t][0];
             }
@@ -214,9 +219,9 @@ unsafe fn products<S: Vector, const T: usize>(
 /// # Safety
 /// As [`products`].
 #[inline(always)]
-unsafe fn some_products<S: Vector, const T: usize, const K: usize>(
+unsafe fn some_products<S: Vector, E: KeptNumber, const T: usize, const K: usize>(
     q: [&[f32]; T],
-    k: *const f32,
+    k: *const E,
     step: usize,
 ) -> [[f32; K]; T] {
     let dim = q[0].len();
@@ -231,7 +236,7 @@ unsafe fn some_products<S: Vector, const T: usize, const K: usize>(
                 queries[t] = S::load(q[t].as_ptr().add(d));
             }
             for j in 0..K {
-                let key = S::load(k.add(j * step + d));
+                let key = stored::<S>(k.add(j * step + d).cast(), E::DTYPE);
                 for t in 0..T {
                     sums[t][j] = S::fma(queries[t], key, sums[t][j]);
                 }
@@ -241,11 +246,19 @@ unsafe fn some_products<S: Vector, const T: usize, const K: usize>(
         let mut out = [[0.0; K]; T];
         for t in 0..T {
             for j in 0..K {
-                let rest: f32 = (d..dim).map(|d| q[t][d] * *k.add(j * step + d)).sum();
+                let rest: f32 = (d..dim).map(|d| q[t][d] * number(*k.add(j * step + d))).sum();
                 out[t][j] = S::sum(sums[t][j]) + rest;
             }
         }
         out
+    }
+}
+
+/// A single number as f32.
+fn number<E: KeptNumber>(x: E) -> f32 {
+    match E::DTYPE {
+        Dtype::F16 => bytemuck::cast::<E, half::f16>(x).to_f32(),
+        _ => bytemuck::cast(x),
     }
 }
 
@@ -285,7 +298,13 @@ unsafe fn weights<S: Vector>(
         };
         hide(scores, f32::MIN);
         let before = state[LARGEST];
-        let largest = scores.iter().fold(before, |a, b| if *b > a { *b } else { a });
+        let mut most = S::splat(before);
+        for j in (0..BLOCK).step_by(S::N) {
+            most = S::max(S::load(scores.as_ptr().add(j)), most);
+        }
+        let mut lanes = [before; MOST_LANES];
+        S::store(lanes.as_mut_ptr(), most);
+        let largest = lanes.into_iter().fold(before, f32::max);
         let mut sum = S::zero();
         for j in (0..BLOCK).step_by(S::N) {
             let weight = S::exp(S::sub(S::load(scores.as_mut_ptr().add(j)), S::splat(largest)));
@@ -306,9 +325,9 @@ unsafe fn weights<S: Vector>(
 /// `count` values of `dim` numbers can be read at `v`, a pointer and the distance from one to the next; the processor has
 /// the set of `S`.
 #[inline(always)]
-unsafe fn weigh<S: Vector, const T: usize>(
+unsafe fn weigh<S: Vector, E: KeptNumber, const T: usize>(
     weights: &[f32], // [T, BLOCK]
-    v: (*const f32, usize),
+    v: (*const E, usize),
     count: usize,
     dim: usize,
     state: &mut [f32], // [T, STATE + dim]
@@ -317,11 +336,11 @@ unsafe fn weigh<S: Vector, const T: usize>(
     // SAFETY: the caller's; no column behind `dim` is touched.
     unsafe {
         while d + 4 * S::N <= dim {
-            some_columns::<S, T, 4>(weights, v, count, d..dim, state);
+            some_columns::<S, E, T, 4>(weights, v, count, d..dim, state);
             d += 4 * S::N;
         }
         while d + S::N <= dim {
-            some_columns::<S, T, 1>(weights, v, count, d..dim, state);
+            some_columns::<S, E, T, 1>(weights, v, count, d..dim, state);
             d += S::N;
         }
         for t in 0..T {
@@ -329,7 +348,7 @@ unsafe fn weigh<S: Vector, const T: usize>(
             for d in d..dim {
                 let mut sum = state[STATE + d] * state[CORRECTION];
                 for (j, weight) in weights[t * BLOCK..][..count].iter().enumerate() {
-                    sum += weight * *v.0.add(j * v.1 + d);
+                    sum += weight * number(*v.0.add(j * v.1 + d));
                 }
                 state[STATE + d] = sum;
             }
@@ -342,9 +361,9 @@ unsafe fn weigh<S: Vector, const T: usize>(
 /// # Safety
 /// As [`weigh`]; the columns lie before `columns.end`.
 #[inline(always)]
-unsafe fn some_columns<S: Vector, const T: usize, const C: usize>(
+unsafe fn some_columns<S: Vector, E: KeptNumber, const T: usize, const C: usize>(
     weights: &[f32],
-    v: (*const f32, usize),
+    v: (*const E, usize),
     count: usize,
     columns: Range<usize>,
     state: &mut [f32],
@@ -368,7 +387,7 @@ unsafe fn some_columns<S: Vector, const T: usize, const C: usize>(
                 weight[t] = S::splat(*weights.as_ptr().add(t * BLOCK + j));
             }
             for c in 0..C {
-                let value = S::load(v.add(c * S::N));
+                let value = stored::<S>(v.add(c * S::N).cast(), E::DTYPE);
                 for t in 0..T {
                     sums[t][c] = S::fma(weight[t], value, sums[t][c]);
                 }

@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 
-use super::{AttentionSpec, KeyValues};
+use super::{AttentionSpec, KeptNumber, KeyValues};
+use crate::Dtype;
 use crate::dense::Into;
 use crate::exec::Isa;
 use crate::product::{Left, product};
 use crate::scratch::Scratch;
 use crate::transpose::transpose;
 use crate::vector::{Job, Vector, run};
+use crate::widen::widen_strided;
 
 /// Queries of a panel at most.
 pub(crate) const QUERIES: usize = 32;
@@ -80,20 +82,43 @@ impl Panel {
     }
 
     /// `scores [keys, lanes]` of some keys of head `group` with queries `q [qk_dim, lanes]`, before softcap and mask.
-    pub fn scores(
+    pub fn scores<T: KeptNumber>(
         self,
         isa: Isa,
-        kv: &KeyValues<'_>,
+        kv: &KeyValues<'_, T>,
         group: usize,
         keys: Range<usize>,
         q: &[f32],
         scores: &mut [f32],
     ) {
         let (row, head) = kv.key_strides;
-        let left = Left { data: &kv.keys[group * head + keys.start * row..], row, col: 1 };
         let sizes = (keys.len(), q.len() / self.lanes, self.lanes);
+        let mut room = room::<T>(sizes.1);
+        let kept = &kv.keys[group * head + keys.start * row..];
+        let (data, row) = widened(isa, kept, row, [sizes.0, sizes.1], &mut room);
+        let left = Left { data, row, col: 1 };
         product(isa, sizes, left, (q, self.lanes), (scores, self.lanes), Into::Overwrite);
     }
+}
+
+/// Room for a block of keys or values of `dim` numbers as f32, if that is not what they are.
+pub(crate) fn room<T: KeptNumber>(dim: usize) -> Scratch {
+    Scratch::new(if T::DTYPE == Dtype::F32 { 0 } else { KEYS * dim })
+}
+
+/// Rows of `dim` numbers, `stride` apart, as f32: where they are, or put into the room; and how far apart they are there.
+pub(crate) fn widened<'a, T: KeptNumber>(
+    isa: Isa,
+    kept: &'a [T],
+    stride: usize,
+    [rows, dim]: [usize; 2],
+    room: &'a mut [f32],
+) -> (&'a [f32], usize) {
+    if T::DTYPE == Dtype::F32 {
+        return (bytemuck::cast_slice(kept), stride);
+    }
+    widen_strided(isa, kept, stride, [rows, dim], room);
+    (room, dim)
 }
 
 /// `scores = cap * tanh(scores / cap)`.

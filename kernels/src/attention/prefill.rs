@@ -3,8 +3,8 @@
 //! Queries stand in lanes: keys and values are read where they are, maxima and sums need no sum across lanes, and no
 //! matrix of all scores exists.
 
-use super::panel::{LOWEST, Panel, QUERIES, soften};
-use super::{AttentionSpec, KeyValues};
+use super::panel::{LOWEST, Panel, QUERIES, room, soften, widened};
+use super::{AttentionSpec, KeptNumber, KeyValues};
 use crate::dense::Into;
 use crate::exec::{Exec, Isa};
 use crate::product::{Left, product};
@@ -19,9 +19,9 @@ const ALONE_BELOW: usize = 1 << 20;
 /// [`super::attention`] with all sizes checked.
 ///
 /// * `q`: `[tokens, heads * qk_dim]`; `out`: `[tokens, heads * v_dim]`; `tokens > 0`
-pub(super) fn prefill(
+pub(super) fn prefill<T: KeptNumber>(
     q: &[f32],
-    kv: KeyValues<'_>,
+    kv: KeyValues<'_, T>,
     spec: &AttentionSpec,
     tokens: usize,
     exec: &Exec,
@@ -48,17 +48,18 @@ pub(super) fn prefill(
 }
 
 /// What the queries `q [qk_dim, lanes]` (scaled) of one panel get from head `group`: `[count, v_dim]`.
-fn attend(
+fn attend<T: KeptNumber>(
     isa: Isa,
     panel: Panel,
     q: &[f32],
-    kv: &KeyValues<'_>,
+    kv: &KeyValues<'_, T>,
     spec: &AttentionSpec,
     group: usize,
 ) -> Scratch {
     let (lanes, v_dim) = (panel.lanes, spec.v_dim);
     let mut scores = Scratch::new(super::panel::KEYS * lanes); // [keys, lanes]
     let mut sums = Scratch::zeroed(v_dim * lanes); // [v_dim, lanes]
+    let mut room = room::<T>(v_dim);
     let (mut max, mut total) = ([LOWEST; QUERIES], [0.0; QUERIES]);
     for keys in panel.blocks() {
         let scores = &mut scores[..keys.len() * lanes];
@@ -71,8 +72,9 @@ fn attend(
         run(isa, Step { scores, max, total, sums: &mut sums });
         panel.mask(keys.clone(), scores, 0.0);
         let (row, head) = kv.value_strides;
-        let values = &kv.values[group * head + keys.start * row..];
-        let left = Left { data: values, row: 1, col: row };
+        let kept = &kv.values[group * head + keys.start * row..];
+        let (data, row) = widened(isa, kept, row, [keys.len(), v_dim], &mut room);
+        let left = Left { data, row: 1, col: row };
         let sizes = (v_dim, keys.len(), lanes);
         product(isa, sizes, left, (scores, lanes), (&mut sums, lanes), Into::Add);
     }

@@ -67,7 +67,7 @@ fn logits_of_lanes_are_those_of_each_alone() {
         let mut caches: Vec<Vec<LayerCache>> =
             model.spec().layers.iter().map(|_| Vec::new()).collect();
         for layer in &mut caches {
-            layer.extend(texts.iter().map(|_| LayerCache::new(model.spec(), 4)));
+            layer.extend(texts.iter().map(|_| LayerCache::new(&model, 4)));
         }
         for t in 0..4 {
             let tokens: Vec<u32> = texts.iter().map(|text| text[t]).collect();
