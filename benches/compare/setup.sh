@@ -39,7 +39,7 @@ torch() {
     mkdir -p "$folder/source"
     case $llama_cpp in
         *.tar.gz) cp "$llama_cpp" "$folder/source/" ;;
-        *) "$folder/torch/bin/pip" download --no-deps --no-binary :all: --dest "$folder/source" "$llama_cpp" ;;
+        *) "$folder/torch/bin/pip" download --no-deps --no-binary llama-cpp-python --dest "$folder/source" "$llama_cpp" ;;
     esac
     tar -xzf "$folder"/source/llama_cpp_python-*.tar.gz -C "$folder/source"
     ln -sfn "$(echo "$folder"/source/llama_cpp_python-*/vendor/llama.cpp)" "$folder/converter"
