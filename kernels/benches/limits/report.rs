@@ -27,6 +27,18 @@ pub struct Unit {
     scale: f64,
 }
 
+impl Unit {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+
+    /// So much work per second in this unit.
+    pub fn of(self, per_second: f64) -> f64 {
+        self.scale * per_second
+    }
+}
+
 /// Multiplications and additions.
 pub const GFLOPS: Unit = Unit { name: "GFLOP/s", scale: 1e-9 };
 /// Bytes.
@@ -144,7 +156,7 @@ impl Bench {
         let Some(rounds) = self.in_turn((group, name), Clock::of(threads), &mut sides) else {
             return;
         };
-        let (speed, peak) = (unit.scale * rounds.speed(0), unit.scale * rounds.speed(1));
+        let (speed, peak) = (unit.of(rounds.speed(0)), unit.of(rounds.speed(1)));
         let ratio = rounds.ratio(0, 1);
         let what = format!("{group} {name}: {speed:.1} of {peak:.1} {} ({limit})", unit.name);
         self.line(&what, ratio, bar, rounds.spread(1));
