@@ -139,7 +139,9 @@ impl<T: KeptNumber> Job for Span<'_, T> {
                     let k = (keys.as_ptr(), key_step);
                     match tile {
                         1 => products::<S, T, 1>([query(first)], k, count, scores),
-                        2 => products::<S, T, 2>([0, 1].map(|i| query(first + i)), k, count, scores),
+                        2 => {
+                            products::<S, T, 2>([0, 1].map(|i| query(first + i)), k, count, scores)
+                        }
                         _ => {
                             let q = [0, 1, 2].map(|i| query(first + i));
                             products::<S, T, ROWS>(q, k, count, scores);
