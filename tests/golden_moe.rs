@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use moe_merge_checkpoint::Dtype;
 use moe_merge_checkpoint::weight::OwnedWeight;
+use moe_merge_kernels::{Exec, Isa};
 use moe_merge_testkit::golden::{self, GATE_COSINE, LOGITS_F32};
 use moe_merge_testkit::{repository, shared};
 
@@ -81,18 +82,23 @@ fn gates_and_logits_are_those_of_mergekit() {
             let weight = OwnedWeight::from_f32(&name, &values.0, &values.1, Dtype::F32);
             source.tensors.insert(name, Arc::new(weight));
         }
-        let theirs = moe_merge_model::Model::open(&source).unwrap();
+        let sets: Vec<Exec> = Isa::ALL.into_iter().filter_map(|isa| Exec::on(isa).ok()).collect();
+        let theirs: Vec<_> = sets
+            .iter()
+            .map(|exec| moe_merge_model::Model::open_with(&source, *exec).unwrap())
+            .collect();
         let (rows, length) = (ids.shape[0], ids.shape[1]);
         for row in 0..rows {
             let tokens = &ids.ids()[row * length..(row + 1) * length];
             let expected = logits.row(row);
-            let (own, same) = (common::logits(&ours, tokens), common::logits(&theirs, tokens));
-            let same = golden::relative_difference(&same, expected);
-            let own = median_difference(&own, expected, length);
-            println!(
-                "{case} row {row}: {own:.2e} (median) with our gates, {same:.2e} with mergekit's"
-            );
-            assert!(same <= LOGITS_F32, "{case} row {row}: {same}");
+            for (exec, theirs) in sets.iter().zip(&theirs) {
+                let set = exec.isa.name();
+                let same = golden::relative_difference(&common::logits(theirs, tokens), expected);
+                println!("{case} row {row} {set}: {same:.2e} with mergekit's gates");
+                assert!(same <= LOGITS_F32, "{case} row {row} {set}: {same}");
+            }
+            let own = median_difference(&common::logits(&ours, tokens), expected, length);
+            println!("{case} row {row}: {own:.2e} (median) with our gates");
             assert!(own <= GATE_ROUNDING, "{case} row {row}: {own}");
         }
     }

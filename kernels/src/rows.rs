@@ -10,7 +10,7 @@ use crate::scratch::Scratch;
 use crate::tasks::{self, Parts};
 use crate::vector::{self, Job, Vector};
 use crate::view::MatView;
-use kernel::Rows;
+use kernel::{Ahead, Rows};
 pub(crate) use moe::moe_few;
 
 /// The most tokens that these products take. One layer of experts takes 0.6 ms for one, 0.7, 1.0, 1.2 for four and 1.7 for
@@ -134,7 +134,7 @@ pub(crate) fn multiply(w: MatView<'_>, x: &Prepared, which: &[usize], sums: &mut
 /// [`multiply`] with the first `count` of `x`, which are in the form of the dtype.
 fn multiply_vectors(w: MatView<'_>, x: [&[f32]; FEW], count: usize, sums: &mut [f32], isa: Isa) {
     let (bytes, dtype, cols) = (w.bytes(), w.dtype(), w.cols());
-    vector::run(isa, Rows { bytes, dtype, cols, x, tokens: count, sums });
+    vector::run(isa, Rows { bytes, dtype, cols, x, tokens: count, ahead: Ahead::here(), sums });
 }
 
 /// Linear layer for few tokens: `out[t, r] = sum_c x[t, c] * w[r, c] + bias[r]`.

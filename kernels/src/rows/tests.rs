@@ -98,6 +98,34 @@ fn threads_and_neighbours_do_not_change_a_bit() {
 }
 
 #[test]
+fn asking_for_weights_ahead_changes_no_bit() {
+    for cols in [5, 64, 700] {
+        for dtype in DTYPES {
+            let rows = 9;
+            let (bytes, _) = stored(rows * cols, dtype, 3);
+            let x = numbers(FEW * cols, 4);
+            for exec in sets() {
+                let x = Prepared::new(&x, FEW, cols, dtype, &exec);
+                let x: [&[f32]; FEW] = std::array::from_fn(|t| x.vector(t));
+                for tokens in 1..=FEW {
+                    let [asked, left] = [Ahead::Ask, Ahead::LeaveToProcessor].map(|ahead| {
+                        let mut sums = vec![f32::NAN; rows * tokens];
+                        let (bytes, sums_) = (&bytes[1..], &mut sums[..]);
+                        let isa = set(&exec);
+                        vector::run(
+                            isa,
+                            Rows { bytes, dtype, cols, x, tokens, ahead, sums: sums_ },
+                        );
+                        sums
+                    });
+                    assert_eq!(asked, left, "{exec:?} {dtype} {cols} {tokens}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn wrong_sizes_are_refused() {
     let view = MatView::new(&[0; 24], Dtype::F32, 2, 3).unwrap();
     let exec = Exec::default();
