@@ -148,6 +148,18 @@ pub struct LogitsArgs {
     /// File to write: `logits [tokens, vocab]` and `hidden_i [tokens, hidden]`, f32
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,
+    /// How exactly experts are chosen and weighted
+    #[arg(long, value_enum, default_value_t = RouterPrecision::F32)]
+    pub router_precision: RouterPrecision,
+}
+
+/// How exactly experts are chosen and weighted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RouterPrecision {
+    /// In 32 bits
+    F32,
+    /// Rounded where transformers rounds when it runs the model in bf16: a token between two experts goes the same way
+    LikeHf,
 }
 
 /// How the matrices of a GGUF file are stored.

@@ -62,6 +62,6 @@ pub use lora::{
 };
 pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
-pub use routing::{RouterSpec, Routing, Score, route};
+pub use routing::{Precision, RouterSpec, Routing, Score, route};
 pub use routing_backward::route_backward;
 pub use view::MatView;

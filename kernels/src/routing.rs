@@ -13,6 +13,21 @@ pub enum Score {
     Sigmoid,
 }
 
+/// How exactly scores and weights are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// In f32.
+    F32,
+    /// In f32, rounded to bf16 where transformers 5 rounds when it runs a model in bf16, so that a token between two experts
+    /// goes the same way.
+    RoundLikeHf {
+        /// Logits, before they become scores: they come out of a product in bf16.
+        logits: bool,
+        /// Weights, after they were divided by their sum and before `scale`.
+        weights: bool,
+    },
+}
+
 /// The rule of one router.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RouterSpec {
@@ -27,12 +42,21 @@ pub struct RouterSpec {
     /// `(groups, kept)`: experts form `groups` groups of equal size; only those of the `kept` groups with the largest best
     /// score can be chosen (DeepSeek's group-limited greedy).
     pub groups: Option<(usize, usize)>,
+    /// How exactly.
+    pub precision: Precision,
 }
 
 impl RouterSpec {
     /// Softmax over all experts, the `top_k` best, weights divided by their sum: Mixtral.
     pub fn softmax(top_k: usize) -> Self {
-        Self { top_k, score: Score::Softmax, renormalise: true, scale: 1.0, groups: None }
+        Self {
+            top_k,
+            score: Score::Softmax,
+            renormalise: true,
+            scale: 1.0,
+            groups: None,
+            precision: Precision::F32,
+        }
     }
 
     /// Whether so many experts can be chosen from `experts`.
@@ -96,8 +120,15 @@ pub fn route(
         weights: Vec::with_capacity(tokens * top_k),
     };
     let (mut scores, mut choice) = (vec![0.0; experts], vec![0.0; experts]);
+    let (round_logits, round_weights) = match spec.precision {
+        Precision::F32 => (false, false),
+        Precision::RoundLikeHf { logits, weights } => (logits, weights),
+    };
     for row in logits.chunks_exact(experts) {
         scores.copy_from_slice(row);
+        if round_logits {
+            round_to_bf16(&mut scores);
+        }
         match spec.score {
             Score::Softmax => softmax(&mut scores),
             Score::Sigmoid => scores.iter_mut().for_each(|s| *s = sigmoid(*s)),
@@ -121,9 +152,17 @@ pub fn route(
             let sum: f32 = weights.iter().sum::<f32>().max(f32::MIN_POSITIVE);
             weights.iter_mut().for_each(|w| *w /= sum);
         }
+        if round_weights {
+            round_to_bf16(weights);
+        }
         weights.iter_mut().for_each(|w| *w *= spec.scale);
     }
     Ok(routing)
+}
+
+/// To the nearest bf16, ties to even.
+fn round_to_bf16(values: &mut [f32]) {
+    values.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
 }
 
 /// Index of the largest value, the first one among equals.
@@ -191,6 +230,26 @@ mod tests {
         let routing = route(&logits, 1, 3, Some(&bias), &spec).unwrap();
         assert_eq!(routing.ids, [1]);
         assert!((routing.weights[0] - 0.2).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rounding_decides_as_bf16_does() {
+        // 1 + 2^-9 and 1 are one number in bf16: the lower index wins there.
+        let logits = [0.0, 1.0, 1.0 + 1.0 / 512.0];
+        let mut spec = RouterSpec { renormalise: false, ..RouterSpec::softmax(2) };
+        let exact = route(&logits, 1, 3, None, &spec).unwrap();
+        assert_eq!(exact.ids, [2, 1]);
+        spec.precision = Precision::RoundLikeHf { logits: true, weights: false };
+        let rounded = route(&logits, 1, 3, None, &spec).unwrap();
+        assert_eq!(rounded.ids, [1, 2]);
+        assert_eq!(rounded.weights[0], rounded.weights[1]);
+        spec.precision = Precision::RoundLikeHf { logits: false, weights: true };
+        let weights = route(&logits, 1, 3, None, &spec).unwrap();
+        assert_eq!(weights.ids, exact.ids);
+        for (rounded, exact) in weights.weights.iter().zip(&exact.weights) {
+            assert_eq!(*rounded, half::bf16::from_f32(*exact).to_f32());
+            assert_ne!(rounded, exact);
+        }
     }
 
     #[test]

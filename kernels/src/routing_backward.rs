@@ -132,7 +132,7 @@ mod tests {
             let logits: Vec<f32> = order.iter().map(|o| *o as f32 * 0.7 - 2.0).collect();
             let score = if sigmoids { Score::Sigmoid } else { Score::Softmax };
             let groups = (groups && k <= 4).then_some((3, 2));
-            let spec = RouterSpec { top_k: k, score, renormalise, scale: 1.7, groups };
+            let spec = RouterSpec { score, renormalise, scale: 1.7, groups, ..RouterSpec::softmax(k) };
             let bias = [0.3, 0.0, -0.2, 0.0, 0.5, 0.0];
             let bias = biased.then_some(&bias[..]);
             let routing = route(&logits, 1, 6, bias, &spec).unwrap();

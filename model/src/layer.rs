@@ -229,6 +229,13 @@ impl Layer {
         }
     }
 
+    /// Rounds in routing as transformers does when it runs the family in bf16, in a MoE layer.
+    pub fn round_router_like_hf(&mut self) {
+        if let Feed::Moe(moe) = &mut self.mlp {
+            moe.spec.router.precision = moe.spec.reference_precision;
+        }
+    }
+
     /// Rule and weights `[experts, hidden]` of its router, in a MoE layer.
     pub fn router(&self) -> Option<(&MoeMlp, &FrozenLinear)> {
         match &self.mlp {
@@ -450,7 +457,7 @@ impl Layer {
         let (Some(placed), Some(router)) = (&moe.placed, moe.router.placed()) else {
             return Ok(None);
         };
-        if !placed.can_route() {
+        if !placed.can_route(&moe.spec.router) {
             return Ok(None);
         }
         let values = to_vec(x)?;

@@ -90,6 +90,17 @@ impl Model {
         Ok(())
     }
 
+    /// Rounds router logits and weights to bf16 where transformers 5 does when it runs the family in bf16: a token between
+    /// two experts then goes the way it goes there. Routing is computed on the processor then.
+    pub fn round_routers_like_hf(&mut self) {
+        self.layers.iter_mut().for_each(Layer::round_router_like_hf);
+        for layer in &mut self.spec.layers {
+            if let Mlp::Moe(moe) = &mut layer.mlp {
+                moe.router.precision = moe.reference_precision;
+            }
+        }
+    }
+
     /// How its products are computed.
     pub fn accuracy(&self) -> Accuracy {
         self.head.accuracy()

@@ -1,6 +1,6 @@
 //! What a model is made of, without its family: sizes, norms, attention and MLP of each layer, names of tensors.
 
-use moe_merge_kernels::{Activation, RopeSpec, RouterSpec};
+use moe_merge_kernels::{Activation, Precision, RopeSpec, RouterSpec};
 
 /// A model, as its family reads it from a configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,6 +138,8 @@ pub struct MoeMlp {
     pub inter: usize,
     /// Who chooses, and how.
     pub router: RouterSpec,
+    /// What transformers 5 rounds in routing when it runs the family in bf16.
+    pub reference_precision: Precision,
     /// Name of a tensor `[1, experts]` that is added to scores for the choice only.
     pub selection_bias: Option<&'static str>,
     /// How tensors are named.

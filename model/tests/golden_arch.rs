@@ -132,6 +132,27 @@ fn limits_are_errors() {
 }
 
 #[test]
+fn routers_can_round_as_transformers_does_in_bf16() {
+    // DeepSeek-V2 computes its router in f32 there, so nothing moves; elsewhere a little does.
+    for (name, moves) in
+        [("mixtral", true), ("qwen3_moe", true), ("olmoe", true), ("deepseek_v2", false)]
+    {
+        let Some(folder) = moe_merge_testkit::shared(&format!("golden/arch/{name}")) else {
+            return;
+        };
+        let mut model = Model::open(&source(&folder)).unwrap();
+        let tokens = [1, 5, 7, 9, 2, 8, 3];
+        let (_, exact) = model.hidden_states(&tokens).unwrap();
+        model.round_routers_like_hf();
+        let (_, rounded) = model.hidden_states(&tokens).unwrap();
+        let exact: Vec<f64> = exact.into_iter().map(f64::from).collect();
+        let difference = relative_difference(&rounded, &exact);
+        assert_eq!(difference > 0.0, moves, "{name}: {difference:e}");
+        assert!(difference < 0.02, "{name}: {difference:e}");
+    }
+}
+
+#[test]
 fn a_missing_and_a_misshapen_tensor_are_named() {
     let Some(folder) = moe_merge_testkit::shared("golden/arch/llama") else { return };
     let good = source(&folder);

@@ -10,14 +10,17 @@ use moe_merge_checkpoint::CheckpointError;
 use moe_merge_kernels::Exec;
 use moe_merge_model::TextError;
 
-use crate::args::{Common, LogitsArgs};
+use crate::args::{Common, LogitsArgs, RouterPrecision};
 use crate::exit::Outcome;
 use crate::render::{self, Failure};
 
 /// Computes and writes them.
 pub fn run(args: &LogitsArgs, common: &Common) -> Result<Outcome, Failure> {
     let source = super::open(&args.path, common)?;
-    let model = super::device::open_model(&source, Exec::default(), None, common)?;
+    let mut model = super::device::open_model(&source, Exec::default(), None, common)?;
+    if args.router_precision == RouterPrecision::LikeHf {
+        model.round_routers_like_hf();
+    }
     let spec = model.spec();
     let (tokens, vocab) = (args.tokens.as_slice(), spec.vocab);
     if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {

@@ -8,7 +8,7 @@ use crate::cuda::linear::{CudaLinear, ROWS_OF_BLOCK, TILE};
 use crate::cuda::matrix::{Stack, one_dtype};
 use crate::dispatch::ExpertView;
 use crate::error::KernelError;
-use crate::routing::{RouterSpec, Routing, Score};
+use crate::routing::{Precision, RouterSpec, Routing, Score};
 
 /// Up to so many tokens, pairs are not grouped by expert: every pair reads its expert row by row.
 const DECODE_TOKENS: usize = 4;
@@ -72,9 +72,9 @@ impl CudaMoe {
         })
     }
 
-    /// Whether [`CudaMoe::block`] takes so many experts.
-    pub fn can_route(&self) -> bool {
-        self.experts <= MOST_EXPERTS
+    /// Whether [`CudaMoe::block`] takes so many experts, and computes this rule: in f32.
+    pub fn can_route(&self, spec: &RouterSpec) -> bool {
+        self.experts <= MOST_EXPERTS && spec.precision == Precision::F32
     }
 
     /// Bytes on the device.
@@ -136,7 +136,7 @@ impl CudaMoe {
     ) -> Result<Block, CudaError> {
         let (hidden, experts, k) = (self.hidden(), self.experts, spec.top_k);
         spec.check(experts)?;
-        if !self.can_route() {
+        if !self.can_route(spec) {
             return Err(CudaError::TooMany {
                 what: "experts",
                 count: experts,

@@ -1,6 +1,6 @@
 //! DeepSeek MoE, the first one: llama attention, routed experts and ungated shared ones. mergekit writes it.
 
-use moe_merge_kernels::{RouterSpec, Score};
+use moe_merge_kernels::{Precision, RouterSpec};
 
 use super::keys::{Keys, set_biases};
 use crate::error::ModelError;
@@ -29,12 +29,10 @@ pub(super) fn experts(keys: &Keys<'_>) -> Result<MoeMlp, ModelError> {
         experts: keys.size("n_routed_experts")?,
         inter,
         router: RouterSpec {
-            top_k: keys.size("num_experts_per_tok")?,
-            score: Score::Softmax,
             renormalise: keys.bool_or("norm_topk_prob", false)?,
-            scale: 1.0,
-            groups: None,
+            ..RouterSpec::softmax(keys.size("num_experts_per_tok")?)
         },
+        reference_precision: Precision::RoundLikeHf { logits: true, weights: false },
         selection_bias: None,
         names: ExpertNames::Qwen,
         shared: (shared > 0).then(|| SharedExpert {

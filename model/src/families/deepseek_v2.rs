@@ -4,7 +4,7 @@ use super::deepseek::{experts, sparse_layers};
 use super::keys::Keys;
 use crate::error::ModelError;
 use crate::spec::{AttentionKind, Mlp, Spec};
-use moe_merge_kernels::RopePairing;
+use moe_merge_kernels::{Precision, RopePairing};
 
 pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
     let mut spec = keys.llama("deepseek_v2", 10_000.0)?;
@@ -32,6 +32,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
         }
     }
     let mut moe = experts(keys)?;
+    moe.reference_precision = Precision::F32;
     moe.router.scale = keys.number_or("routed_scaling_factor", 1.0)? as f32;
     moe.router.groups = match keys.text("topk_method") {
         None | Some("greedy") => None,

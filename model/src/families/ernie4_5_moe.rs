@@ -1,6 +1,6 @@
 //! Ernie 4.5 MoE: llama attention with interleaved rotary pairs; a bias on the scores for the choice of experts only.
 
-use moe_merge_kernels::{RopePairing, RouterSpec};
+use moe_merge_kernels::{Precision, RopePairing, RouterSpec};
 
 use super::keys::{Keys, set_biases};
 use crate::error::ModelError;
@@ -17,6 +17,7 @@ pub(super) fn spec(keys: &Keys<'_>) -> Result<Spec, ModelError> {
         experts: keys.size_under(&["moe_num_experts", "num_experts"])?,
         inter,
         router: RouterSpec::softmax(keys.size_under(&["moe_k", "num_experts_per_tok"])?),
+        reference_precision: Precision::RoundLikeHf { logits: false, weights: true },
         selection_bias: Some("mlp.moe_statics.e_score_correction_bias"),
         names: ExpertNames::Qwen,
         shared: (shared > 0).then(|| SharedExpert {

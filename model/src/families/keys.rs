@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::ConfigJson;
 use moe_merge_kernels::{
-    Activation, RopePairing, RopeScaling, RopeSpec, RouterSpec, Score, rope::yarn_mscale,
+    Activation, Precision, RopePairing, RopeScaling, RopeSpec, RouterSpec, rope::yarn_mscale,
 };
 use serde_json::{Map, Value};
 
@@ -339,12 +339,10 @@ impl<'a> Keys<'a> {
             experts: self.size_under(&["num_experts", "num_local_experts"])?,
             inter,
             router: RouterSpec {
-                top_k: self.size("num_experts_per_tok")?,
-                score: Score::Softmax,
                 renormalise,
-                scale: 1.0,
-                groups: None,
+                ..RouterSpec::softmax(self.size("num_experts_per_tok")?)
             },
+            reference_precision: Precision::RoundLikeHf { logits: true, weights: true },
             selection_bias: None,
             names,
             shared: None,
