@@ -20,8 +20,10 @@ pub(crate) const FEW: usize = 4;
 /// Bytes of weights of one task: a few microseconds from memory.
 const TASK: usize = 128 << 10;
 
-/// Bytes of weights from which on other threads help: below, waking them takes longer.
-pub(super) const SHARED_FROM: usize = 2 << 20;
+/// Bytes of weights from which on other threads help. The projections of attention are there for them not to fall asleep as
+/// much as for their own time: with 2 MiB two threads decode a 135M model at 92 tokens/s instead of 107, a MoE of four at 78
+/// instead of 84.
+pub(super) const SHARED_FROM: usize = 200 << 10;
 
 /// Numbers that activation vectors are padded to: a block of the widest set.
 const PAD: usize = 32;

@@ -25,7 +25,7 @@ const ROWS: usize = 3;
 const KEYS: usize = 4;
 
 /// Bytes of keys and values from which on other threads help.
-const SHARED_FROM: usize = 2 << 20;
+const SHARED_FROM: usize = 200 << 10;
 
 /// Numbers in the longest vector.
 const MOST_LANES: usize = 16;
