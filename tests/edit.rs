@@ -335,3 +335,71 @@ fn a_swap_with_new_rows_is_one_generation() {
     assert_eq!(model_files(&folder), on_disk);
     assert!(folder.join(INDEX).exists());
 }
+
+/// Families whose experts come with shared ones, dense first layers, other names, other scores.
+#[test]
+fn models_of_other_programs_of_every_family() {
+    let families = [
+        json!({"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}),
+        json!({"model_type": "qwen2_moe", "num_experts": 3, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}),
+        json!({"model_type": "qwen3_moe", "num_experts": 3, "num_local_experts": 3,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [1]}),
+        json!({"model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+        json!({"model_type": "deepseek", "n_routed_experts": 3, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+        json!({"model_type": "deepseek_v2", "n_routed_experts": 3, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1,
+            "q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24,
+            "v_head_dim": 16, "routed_scaling_factor": 2.5, "topk_method": "greedy"}),
+        json!({"model_type": "ernie4_5_moe", "moe_num_experts": 3, "moe_k": 2,
+            "moe_intermediate_size": 32, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}),
+        json!({"model_type": "granitemoeshared", "num_local_experts": 3, "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48}),
+    ];
+    let temp = tempfile::tempdir().unwrap();
+    for family in families {
+        let name = family["model_type"].as_str().unwrap();
+        let folder = temp.path().join(name);
+        common::made_up(&folder, &family);
+        let path = text(&folder);
+        let (before, on_disk) = (tensors(&folder), model_files(&folder));
+        let logits = || {
+            common::logits(&Model::open(&common::open(&folder)).unwrap(), &TOKENS.map(|t| t % 96))
+        };
+        let first = logits();
+
+        // Expert 2 in the place of expert 0: both are the same then.
+        run(&["swap", &path, "--expert", "0", "--with", &format!("{path}#2"), "--no-forecast"]);
+        verified(&folder, 1);
+        assert_ne!(logits(), first, "{name}");
+        let found = run(&["diff", &path, "0", "1"]);
+        let groups: Vec<&str> = found["groups"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|g| g["name"].as_str().unwrap())
+            .collect();
+        let expected = if name == "granitemoeshared" { "experts" } else { "expert 0" };
+        assert_eq!(groups, [expected], "{name}");
+        run(&["rollback", &path]);
+        assert_eq!((logits(), model_files(&folder)), (first.clone(), on_disk.clone()), "{name}");
+
+        let report =
+            run(&["add", &path, "--with", &format!("{path}#1"), "--name", "twin", "--no-forecast"]);
+        assert_eq!(report["experts"], json!(["0", "1", "2", "twin"]), "{name}");
+        verified(&folder, 3);
+        assert_eq!(logits().len(), first.len());
+        // Without the first expert, the twin is the third.
+        run(&["drop", &path, "--expert", "0", "--no-forecast"]);
+        verified(&folder, 4);
+        let report = run(&["drop", &path, "--expert", "twin", "--no-forecast"]);
+        assert_eq!(report["experts"], json!(["1", "2"]), "{name}");
+        verified(&folder, 5);
+        let two = logits();
+        assert!(two.iter().all(|v| v.is_finite()) && two != first, "{name}");
+        run(&["rollback", &path, "--to", "0"]);
+        assert_eq!((tensors(&folder), model_files(&folder)), (before, on_disk), "{name}");
+        verified(&folder, 6);
+    }
+}

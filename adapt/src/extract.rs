@@ -140,6 +140,9 @@ pub(crate) fn dense(
     let family = DENSE.iter().find(|(ours, _)| *ours == moe.spec.family).map(|(_, dense)| *dense);
     let family = family
         .ok_or_else(|| refuse("no dense family has its layers", moe.spec.family.to_owned()))?;
+    // A llama attends to everything.
+    let windowed = moe.spec.layers.iter().any(|l| l.window.is_some());
+    let family = if family == "llama" && windowed { "mistral" } else { family };
     let plain = moe.spec.residual_scale == 1.0
         && moe.spec.logits_divisor == 1.0
         && moe.spec.embedding_scale == 1.0

@@ -367,6 +367,17 @@ impl Proposal {
     /// The new tensors, after a look at whether their files are as they were written.
     fn tensors(&self, folder: &Path, interrupt: &Interrupt) -> Result<Vec<NewTensors>, AdaptError> {
         let at = place(folder, self.generation);
+        if let Some(shard) = self.shards.iter().find(|s| s.file.name.contains(['/', '\\'])) {
+            return Err(CheckpointError::Malformed {
+                what: "a staged change names a file outside its folder".into(),
+                file: at.join(NAME),
+                tensor: None,
+                expected: "names without folders".into(),
+                found: format!("`{}`", shard.file.name),
+                hint: Some("do not use this folder unless you know where it comes from".into()),
+            }
+            .into());
+        }
         let paths: Vec<PathBuf> = self.shards.iter().map(|s| at.join(&s.file.name)).collect();
         let found = hash_files(&paths, interrupt)?;
         let mut tensors = Vec::new();

@@ -48,7 +48,8 @@ impl Old {
         let view = View::of(folder)?;
         let name = if is_last { MANIFEST_NAME.to_owned() } else { old_manifest(generation) };
         let (path, bytes) = view.read(&name)?;
-        let manifest = Manifest::parse(&bytes.unwrap_or_default(), path)?;
+        let manifest = Manifest::parse(&bytes.unwrap_or_default(), path.clone())?;
+        stays_inside(&manifest, path)?;
         let live = Manifest::load(folder)?.map(|m| m.files).unwrap_or_default();
         let mut files = BTreeMap::new();
         for file in manifest.files.iter().filter(|f| f.name.ends_with(".safetensors")) {
@@ -95,6 +96,26 @@ impl Old {
             }
         }
         layout::canonical(tensors, config)
+    }
+}
+
+/// Refuses a manifest that would lead out of the folder.
+fn stays_inside(manifest: &Manifest, path: PathBuf) -> Result<(), CheckpointError> {
+    let hexadecimal = |hash: &str| hash.bytes().all(|b| b.is_ascii_hexdigit());
+    let bad = manifest
+        .files
+        .iter()
+        .find(|f| index::unsafe_name(&f.name).is_some() || !hexadecimal(&f.blake3));
+    match bad {
+        None => Ok(()),
+        Some(file) => Err(CheckpointError::Malformed {
+            what: "the manifest names a file outside the folder".into(),
+            file: path,
+            tensor: None,
+            expected: "names below the model folder, hashes in hexadecimal".into(),
+            found: format!("`{}`, hash `{}`", file.name, file.blake3),
+            hint: Some("do not use this folder unless you know where it comes from".into()),
+        }),
     }
 }
 

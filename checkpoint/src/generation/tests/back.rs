@@ -127,3 +127,36 @@ fn what_is_forgotten_cannot_come_back() {
     assert_eq!(checked.problems, []);
     assert_eq!(checked.notes.len(), 3, "{:?}", checked.notes);
 }
+
+/// Somebody who writes a history by hand, chain and all, cannot make a rollback write elsewhere.
+#[test]
+fn a_history_that_leads_out_of_the_folder_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = dir.path().join("model");
+    fs::create_dir(&inner).unwrap();
+    model(&inner, Kind::Own);
+    apply(&inner, &routers(7.0, &[0, 1])).unwrap();
+    let lines = history(&inner).unwrap();
+    let old = inner.join(".moe-merge/manifests/0.json");
+    let text = fs::read_to_string(&old).unwrap();
+    let shard = lines[1].removed.iter().find(|f| f.name != INDEX_NAME).unwrap();
+    let forged = text.replace(&shard.name, "../outside.safetensors");
+    assert_ne!(forged, text);
+    fs::write(&old, &forged).unwrap();
+    let mut journal = String::new();
+    for line in lines {
+        let mut line = line;
+        if line.generation == 0 {
+            line.manifest = crate::manifest::hash_bytes(forged.as_bytes());
+        } else {
+            line.previous = Some(crate::manifest::hash_bytes(journal.trim_end().as_bytes()));
+        }
+        journal += &line.text();
+    }
+    fs::write(inner.join(JOURNAL_NAME), journal).unwrap();
+    let error = back(&inner, None).unwrap_err().to_string();
+    assert!(error.contains("outside the folder"), "{error}");
+    assert!(!dir.path().join("outside.safetensors").exists());
+    assert!(super::super::open(&inner, 0).is_err());
+    assert_eq!(values(&inner)[0], 7.0);
+}
