@@ -423,6 +423,9 @@ pub struct CalibrateArgs {
     /// Change a copy in this folder, not the model itself
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Let the new routers wait beside the model until they are approved
+    #[arg(long, conflicts_with_all = ["out", "dry_run"])]
+    pub stage: bool,
     /// Check everything, tell what would be done, write nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -146,3 +146,26 @@ fn another_number_of_experts_waits_too() {
     run(&["rollback", &path, "--to", "0"]);
     assert_eq!(tensors(&folder), now);
 }
+
+#[test]
+fn new_routers_wait_too() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = guarded(temp.path(), json!({"routing_moved": 1.0}));
+    let path = text(&folder);
+    let before = tensors(&folder);
+    let prompts = json!({"prose": ["the mill seemed gentle when the bells rang"],
+        "code": ["pub fn split_depth(depth: i32) -> i32 { depth }"]});
+    let prompts = cli::file(temp.path(), "prompts.json", prompts.to_string().as_bytes());
+    let staged = run(&["calibrate", &path, "--prompts", &prompts, "--stage"]);
+    assert_eq!((&staged["generation"], &staged["live"]), (&json!(1), &json!(false)));
+    assert!(staged["effect"]["domains"][0]["moved"].as_f64().unwrap() > 0.0, "{staged}");
+    assert_eq!(tensors(&folder), before);
+    run(&["approve", &path]);
+    let now = tensors(&folder);
+    assert!(
+        now.iter().all(|(name, bytes)| (before[name] != *bytes) == name.contains("gate.weight"))
+    );
+    let shown = cli::run(&["inspect", &path]).stdout;
+    assert!(shown.contains("gates: auto"), "{shown}");
+    verified(&folder, 1);
+}

@@ -143,7 +143,7 @@ fn fewer_experts_than_a_token_visits() {
 #[test]
 fn an_expert_becomes_a_dense_model() {
     let temp = tempfile::tempdir().unwrap();
-    for family in ["mixtral", "deepseek", "granitemoeshared"] {
+    for family in ["mixtral", "deepseek", "granitemoeshared", "ernie4_5_moe"] {
         let name = format!("{family}-moe");
         let folder = moe(temp.path(), &name, Layout::Hub, &format!("architecture: {family}\n"));
         let report = run(&["extract", &text(&folder), "--expert", "code"]);
@@ -182,10 +182,12 @@ fn an_expert_becomes_a_dense_model() {
         cli::run(&["extract", &text(&folder), "--expert", "code"])
             .fails(2, &["output exists already", "--force"]);
     }
-    let ernie = moe(temp.path(), "ernie", Layout::Hub, "architecture: ernie4_5_moe\n");
-    cli::run(&["extract", &text(&ernie), "--expert", "0"])
-        .fails(2, &["no dense family has its layers", "ernie4_5_moe"]);
-    assert!(!temp.path().join("ernie-prose").exists());
+    let olmoe = temp.path().join("olmoe");
+    let config = json!({"model_type": "olmoe", "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 4});
+    common::made_up(&olmoe, &config);
+    cli::run(&["extract", &text(&olmoe), "--expert", "0"])
+        .fails(2, &["no dense family has its layers", "olmoe"]);
+    assert!(!temp.path().join("olmoe-0").exists());
 }
 
 #[test]

@@ -222,7 +222,8 @@ fn every_family() {
         let folder =
             moe(temp.path(), "moe", Layout::Hub, &format!("architecture: {family}\n{more}"));
         let before = tensors(&folder);
-        swapped(&folder, "1", &text(&dense("math")), &[]);
+        let report = swapped(&folder, "1", &text(&dense("math")), &[]);
+        assert_eq!(report["compatibility"]["difference"], 0.0, "{family}: only MLPs were trained");
         verified(&folder, 1);
         // The expert alone, taken out as a source, is the dense MLP; the other one is as it was.
         let (code, prose) = (temp.path().join("code"), temp.path().join("prose"));

@@ -1,6 +1,7 @@
 //! How far two models are from each other outside their experts.
 
 use moe_merge_checkpoint::{CheckpointError, Source, Weight, WeightRef};
+use moe_merge_model::Spec;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -30,11 +31,22 @@ pub(crate) const WORTH_TELLING: f64 = 0.01;
 impl Compatibility {
     /// Compares the weights of `model` outside its experts and routers with those of `other`.
     ///
+    /// Queries and keys are left out where the two models pair rotary dimensions in different ways: their rows stand in
+    /// another order.
+    ///
     /// # Errors
     /// What computing rows meets.
-    pub fn measure(model: &Source, other: &Source) -> Result<Self, CheckpointError> {
+    pub fn measure(
+        (model, spec): (&Source, &Spec),
+        (other, other_spec): (&Source, &Spec),
+    ) -> Result<Self, CheckpointError> {
+        let pairing = |spec: &Spec| spec.layers.first().map(|l| l.rope.pairing);
+        let same_order = pairing(spec) == pairing(other_spec);
+        let rotated =
+            |name: &str| name.contains(".self_attn.q_proj.") || name.contains(".self_attn.k_proj.");
+        let compared = |name: &str| !is_routed(name) && (same_order || !rotated(name));
         let shared: Vec<(&String, &WeightRef)> =
-            model.tensors.iter().filter(|(name, _)| !is_routed(name)).collect();
+            model.tensors.iter().filter(|(name, _)| compared(name)).collect();
         let pairs: Vec<(&String, &WeightRef, &WeightRef)> = shared
             .iter()
             .filter_map(|(name, a)| {

@@ -21,7 +21,8 @@ use crate::moe::Moe;
 use crate::proposal::{applied, effect, stage};
 use crate::structure::{Restructured, Slot, sources};
 use crate::swap::{
-    Convert, Forecast, Seconds, Unwatched, check_sizes, convert, no_expert_there, old_matrices,
+    Convert, Forecast, Seconds, Unwatched, check_sizes, compatibility, convert, no_expert_there,
+    old_matrices,
 };
 
 /// What a person asks for.
@@ -131,7 +132,7 @@ impl Edit {
             Ok(convert(&old, new, request.convert)?.0)
         };
         let restructured = Restructured::of(&moe, &slots, &new)?;
-        let compatibility = Compatibility::measure(&moe.source, &donor.source)?;
+        let compatibility = compatibility(&moe, &donor)?;
         let names: Vec<String> = moe.names.iter().cloned().chain([name.clone()]).collect();
         let mut warnings = moe.source.notes.clone();
         warnings.extend(donor.source.notes.iter().cloned());

@@ -1,9 +1,12 @@
 //! An expert back as a dense model.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use moe_merge_checkpoint::weight::PermutedRows;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{Interrupt, Replace, Source, Staging};
+use moe_merge_kernels::RopePairing;
 use moe_merge_merge::{Provenance, write_dense};
 use moe_merge_model::spec::{Attention, AttentionKind, Mlp};
 use moe_merge_model::{FAMILIES, Spec};
@@ -48,9 +51,10 @@ pub struct ExtractReport {
     pub warnings: Vec<String>,
 }
 
-/// Which dense family has the layers of a MoE family but for its MLPs. ERNIE, whose rotary pairs are neighbours, DeepSeek 2
-/// and OLMoE have none among the families that run here.
+/// Which dense family has the layers of a MoE family but for its MLPs. DeepSeek 2 and OLMoE have none among the families
+/// that run here.
 const DENSE: &[(&str, &str)] = &[
+    ("ernie4_5_moe", "llama"),
     ("mixtral", "llama"),
     ("qwen2_moe", "qwen2"),
     ("qwen3_moe", "qwen3"),
@@ -71,6 +75,14 @@ const DROPPED: &[&str] = &[
     "first_k_dense_replace",
     "mlp_only_layers",
     "moe_intermediate_size",
+    "moe_k",
+    "moe_layer_end_index",
+    "moe_layer_interval",
+    "moe_layer_start_index",
+    "moe_norm_min",
+    "moe_num_experts",
+    "moe_num_shared_experts",
+    "moe_use_aux_free",
     "moe_layer_freq",
     "n_group",
     "n_routed_experts",
@@ -89,6 +101,7 @@ const DROPPED: &[&str] = &[
     "shared_intermediate_size",
     "topk_group",
     "topk_method",
+    "use_bias",
 ];
 
 /// Writes the model with one expert's MLPs in all layers, as a dense checkpoint. Shared experts are left out, and told.
@@ -176,6 +189,7 @@ pub(crate) fn dense(
         let names = names.map(|n| format!("{below}mlp.{n}.weight"));
         source.tensors.extend(names.into_iter().zip(matrices));
     }
+    halves(&moe.spec, &mut source);
     source.config.0 = config(moe, family, width.unwrap_or_default());
     let spec = Spec::of(&source)?;
     for (name, shape) in spec.expected_tensors() {
@@ -188,6 +202,38 @@ pub(crate) fn dense(
         ));
     }
     Ok((family, source, notes))
+}
+
+/// Puts rows of queries and keys whose rotary pairs are neighbours, `(2i, 2i + 1)`, into the order of the dense families,
+/// `(i, i + head_dim / 2)`.
+fn halves(spec: &Spec, source: &mut Source) {
+    let AttentionKind::Projected { head_dim, .. } = spec.attention.kind else { return };
+    for (layer, of) in spec.layers.iter().enumerate() {
+        if of.rope.pairing != RopePairing::Interleaved {
+            continue;
+        }
+        let heads = [("q_proj", spec.attention.heads), ("k_proj", spec.attention.kv_heads)];
+        for (name, heads) in heads {
+            for kind in ["weight", "bias"] {
+                let name = format!("model.layers.{layer}.self_attn.{name}.{kind}");
+                if let Some(weight) = source.tensors.get_mut(&name) {
+                    let order = Arc::new(order_of_halves(heads, head_dim));
+                    *weight = Arc::new(PermutedRows::new(weight.clone(), order));
+                }
+            }
+        }
+    }
+}
+
+/// `order[i]` is the row of the neighbours' order that becomes row `i` of the halves' order.
+fn order_of_halves(heads: usize, head_dim: usize) -> Vec<u32> {
+    let half = head_dim / 2;
+    (0..heads * head_dim)
+        .map(|row| {
+            let (head, i) = (row / head_dim, row % head_dim);
+            (head * head_dim + 2 * (i % half) + i / half) as u32
+        })
+        .collect()
 }
 
 /// Whether scores are divided by the root of the width of a head, as all dense families do.
@@ -209,6 +255,18 @@ fn config(moe: &Moe, family: &str, width: usize) -> Map<String, Value> {
     config.insert("model_type".into(), json!(family));
     config.insert("architectures".into(), json!([class]));
     config.insert("intermediate_size".into(), json!(width));
+    // What families assume where nothing is said differs.
+    config.insert("tie_word_embeddings".into(), json!(moe.spec.tied));
+    let rope = moe.spec.layers.first().map(|l| l.rope.theta);
+    let told = ["rope_parameters", "rope_theta"].iter().any(|key| config.contains_key(*key));
+    if let Some(theta) = rope.filter(|_| !told) {
+        config.insert("rope_theta".into(), json!(theta));
+    }
+    if let AttentionKind::Projected { qkv_bias: true, .. } = moe.spec.attention.kind
+        && family == "llama"
+    {
+        config.insert("attention_bias".into(), json!(true));
+    }
     config
 }
 
@@ -216,4 +274,15 @@ fn config(moe: &Moe, family: &str, width: usize) -> Map<String, Value> {
 pub fn default_output(folder: &Path, name: &str) -> PathBuf {
     let stem = folder.file_name().unwrap_or_default().to_string_lossy();
     folder.with_file_name(format!("{stem}-{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::order_of_halves;
+
+    #[test]
+    fn neighbours_become_halves() {
+        assert_eq!(order_of_halves(2, 4), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(order_of_halves(1, 6), [0, 2, 4, 1, 3, 5]);
+    }
 }

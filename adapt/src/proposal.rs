@@ -122,6 +122,23 @@ pub(crate) fn applied(source: &Source, change: &Change<'_>) -> Source {
     after
 }
 
+/// Measures what a change does to stored text, and writes it beside the model, where it waits for [`approve`].
+///
+/// # Errors
+/// Text that cannot be read, what running the model and writing meet; then nothing is left.
+pub fn propose(
+    moe: &Moe,
+    change: &Change<'_>,
+    interrupt: &Interrupt,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<ProposalReport, AdaptError> {
+    let nobody = Watched { before: None, after: None };
+    let (effect, notes) = effect(moe, change, nobody, None, interrupt)?;
+    let mut report = stage(moe, change, effect, Watch { interrupt, progress })?;
+    report.warnings.splice(0..0, notes);
+    Ok(report)
+}
+
 /// Writes a change beside the model, where it waits. One that waited for the same generation gives way.
 ///
 /// # Errors

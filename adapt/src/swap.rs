@@ -199,7 +199,7 @@ impl Swap {
             expert_bytes: 0,
             bytes_written: 0,
             converted: None,
-            compatibility: Compatibility::measure(&moe.source, &donor.source)?,
+            compatibility: compatibility(&moe, &donor)?,
             difference: 0.0,
             calibrated: None,
             effect: None,
@@ -391,6 +391,12 @@ pub(crate) fn runs(layers: &[usize]) -> String {
     }
     let shown: Vec<String> = runs.iter().map(|r| format!("{}..{}", r.start, r.end)).collect();
     shown.join(", ")
+}
+
+/// How far the two models are from each other outside the experts.
+pub(crate) fn compatibility(moe: &Moe, donor: &Donor) -> Result<Compatibility, AdaptError> {
+    let (ours, theirs) = ((&moe.source, &moe.spec), (&donor.source, &donor.spec));
+    Ok(Compatibility::measure(ours, theirs)?)
 }
 
 /// Refuses a source whose MLPs have other sizes, another function, or stand in another number of layers.

@@ -291,7 +291,7 @@ impl Explain for CheckpointError {
             }
             Self::Busy { .. } => Some("wait until it is done, then try again".into()),
             Self::ApprovalRequired { path } => Some(format!(
-                "`moe-merge swap`, `add` and `drop` take `--stage`; then `moe-merge approve {}` (`.moe-merge/settings.json` \
+                "`moe-merge swap`, `add`, `drop` and `calibrate` take `--stage`; then `moe-merge approve {}` (`.moe-merge/settings.json` \
                  sets the rule)",
                 path.display()
             )),

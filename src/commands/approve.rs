@@ -30,19 +30,24 @@ pub fn run(args: &ApproveArgs, common: &Common) -> Result<Outcome, Failure> {
     notes(&report.warnings, common);
     match common.json {
         true => render::json(&versioned(serde_json::to_value(&report))?)?,
-        false => render::out(&summary(&report))?,
+        false => render::out(&proposal_summary(&report))?,
     }
     Ok(Outcome::Done)
 }
 
-fn summary(report: &ProposalReport) -> String {
+/// What became of a change that waits, or waited.
+pub(super) fn proposal_summary(report: &ProposalReport) -> String {
+    let state = match report.live {
+        true => format!("generation {} is live", report.generation),
+        false => format!("waits to become generation {}", report.generation),
+    };
     let mut text = format!(
-        "{}  generation {} is live: {} written in {:.2} s\n",
+        "{}  {state}: {} written in {:.2} s\n",
         report.folder.display(),
-        report.generation,
         bytes(report.bytes_written),
         report.seconds
     );
+    text += &refusals(&report.refused);
     text += &report.effect.as_ref().map(effect_table).unwrap_or_default();
     text
 }
