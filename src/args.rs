@@ -5,6 +5,13 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use moe_merge_kernels::Exec;
 
+mod change;
+
+pub use change::{
+    AddArgs, ApproveArgs, DiffArgs, DropArgs, ExtractArgs, HistoryArgs, RollbackArgs, Rows,
+    SwapArgs,
+};
+
 /// Merge fine-tuned checkpoints of one base into a mixture-of-experts model.
 #[derive(Debug, Parser)]
 #[command(name = "moe-merge", version, about, max_term_width = 100)]
@@ -119,6 +126,22 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Compute the routers of a MoE anew: a new generation of its folder, the old one is kept
     Calibrate(CalibrateArgs),
+    /// Replace one expert of a MoE with another: a new generation of its folder, the old one is kept
+    Swap(SwapArgs),
+    /// Give a MoE one expert more: a new generation of its folder, the old one is kept
+    Add(AddArgs),
+    /// Take an expert out of a MoE: a new generation of its folder, the old one is kept
+    Drop(DropArgs),
+    /// Write an expert of a MoE as a dense model
+    Extract(ExtractArgs),
+    /// Make a staged change of a model live, if it keeps within the limits of the folder's settings
+    Approve(ApproveArgs),
+    /// List the generations of a model folder
+    History(HistoryArgs),
+    /// Show what differs between two generations of a model folder, and by how much
+    Diff(DiffArgs),
+    /// Go back to an earlier generation: a new one with its files, nothing is lost
+    Rollback(RollbackArgs),
     /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
     Export(ExportArgs),
     /// Print a completion script for a shell
@@ -400,6 +423,9 @@ pub struct CalibrateArgs {
     /// Change a copy in this folder, not the model itself
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Let the new routers wait beside the model until they are approved
+    #[arg(long, conflicts_with_all = ["out", "dry_run"])]
+    pub stage: bool,
     /// Check everything, tell what would be done, write nothing
     #[arg(long)]
     pub dry_run: bool,

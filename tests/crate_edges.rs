@@ -12,10 +12,21 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "moe-merge-merge",
         &["moe-merge-checkpoint", "moe-merge-kernels", "moe-merge-model", "moe-merge-router"],
     ),
+    (
+        "moe-merge-adapt",
+        &[
+            "moe-merge-checkpoint",
+            "moe-merge-kernels",
+            "moe-merge-merge",
+            "moe-merge-model",
+            "moe-merge-router",
+        ],
+    ),
     ("moe-merge-testkit", &[]),
     (
         "moe-merge",
         &[
+            "moe-merge-adapt",
             "moe-merge-checkpoint",
             "moe-merge-kernels",
             "moe-merge-merge",
@@ -32,6 +43,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("moe-merge-router", &["candle-core", "fs-err", "memmap2"]),
     ("moe-merge-model", &["clap", "indicatif", "axum"]),
     ("moe-merge-merge", &["clap", "indicatif", "miette"]),
+    ("moe-merge-adapt", &["clap", "indicatif", "miette", "axum"]),
 ];
 
 #[test]

@@ -136,6 +136,22 @@ pub enum CheckpointError {
         /// The generation that is there.
         found: u32,
     },
+    /// The settings of the folder ask for approval, and the change has none.
+    #[error("changes of this model have to be approved")]
+    ApprovalRequired {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A generation that the model never had.
+    #[error("there is no such generation")]
+    NoGeneration {
+        /// The folder.
+        path: PathBuf,
+        /// The generation asked for.
+        wanted: u32,
+        /// The last one that there is; none for a model without history.
+        last: Option<u32>,
+    },
     /// The user stopped the program.
     #[error("interrupted")]
     Interrupted,
@@ -164,7 +180,9 @@ impl Explain for CheckpointError {
             Self::OutputExists { .. }
             | Self::NotAModel { .. }
             | Self::NotAGguf { .. }
-            | Self::BadReference { .. } => Kind::Usage,
+            | Self::BadReference { .. }
+            | Self::NoGeneration { .. } => Kind::Usage,
+            Self::ApprovalRequired { .. } => Kind::CheckFailed,
             Self::Interrupted => Kind::Interrupted,
             _ => Kind::Input,
         }
@@ -176,11 +194,23 @@ impl Explain for CheckpointError {
             Self::Io { path, .. }
             | Self::OutputExists { path }
             | Self::Busy { path }
+            | Self::ApprovalRequired { path }
             | Self::NotFound { path, .. } => vec![("path", show(path))],
             Self::Outdated { path, expected, found } => vec![
                 ("path", show(path)),
                 ("expected", format!("generation {expected}")),
                 ("found", format!("generation {found}")),
+            ],
+            Self::NoGeneration { path, wanted, last } => vec![
+                ("path", show(path)),
+                (
+                    "expected",
+                    match last {
+                        Some(last) => format!("a generation from 0 to {last}"),
+                        None => "a model that was changed at least once".into(),
+                    },
+                ),
+                ("found", format!("generation {wanted}")),
             ],
             Self::NotAModel { path } => vec![
                 ("path", show(path)),
@@ -260,6 +290,14 @@ impl Explain for CheckpointError {
                 Some("free some space, or choose another folder with `--out`".into())
             }
             Self::Busy { .. } => Some("wait until it is done, then try again".into()),
+            Self::ApprovalRequired { path } => Some(format!(
+                "`moe-merge swap`, `add`, `drop` and `calibrate` take `--stage`; then `moe-merge approve {}` (`.moe-merge/settings.json` \
+                 sets the rule)",
+                path.display()
+            )),
+            Self::NoGeneration { path, .. } => {
+                Some(format!("`moe-merge history {}` lists them", path.display()))
+            }
             Self::Outdated { .. } => {
                 Some("run the command again, from what the model is now".into())
             }

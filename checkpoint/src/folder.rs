@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
+use crate::generation::switch::View;
 use crate::shard::{self, OtherTensor};
 use crate::source::{SIDE_FILES, SideContent, SideFile};
 use crate::weight::WeightRef;
@@ -40,10 +41,21 @@ pub(crate) struct Tensors {
 
 /// `config.json` of the folder.
 pub(crate) fn config(folder: &Path) -> Result<ConfigJson, CheckpointError> {
-    let path = folder.join("config.json");
+    // While a change is under way, the one that goes with the weights that loaders see.
+    let staged = View::of(folder)?.config();
+    if staged.exists()
+        && let Ok(config) = config_at(&staged)
+    {
+        return Ok(config);
+    }
+    config_at(&folder.join("config.json"))
+}
+
+/// A `config.json`.
+pub(crate) fn config_at(path: &Path) -> Result<ConfigJson, CheckpointError> {
     let malformed = |what: &str, found: String, hint: &str| CheckpointError::Malformed {
         what: what.into(),
-        file: path.clone(),
+        file: path.to_owned(),
         tensor: None,
         expected: "a JSON object with `model_type`".into(),
         found,
@@ -59,7 +71,7 @@ pub(crate) fn config(folder: &Path) -> Result<ConfigJson, CheckpointError> {
             "a model folder needs the `config.json` that transformers writes beside the weights";
         return Err(malformed("config.json is missing", found.into(), hint));
     }
-    let bytes = file::read(&path, MAX_CONFIG)?;
+    let bytes = file::read(path, MAX_CONFIG)?;
     let value: serde_json::Value = serde_json::from_slice(&bytes)
         .map_err(|e| malformed("config.json is not JSON", e.to_string(), again))?;
     let serde_json::Value::Object(map) = value else {
@@ -363,6 +375,15 @@ fn against_index(
         ));
     }
     Ok(())
+}
+
+/// All weights of one safetensors file under the names that they have there; nothing but its header is read.
+///
+/// # Errors
+/// [`CheckpointError::Io`], [`CheckpointError::Malformed`].
+pub fn weights_in(file: &Path) -> Result<Vec<(String, WeightRef)>, CheckpointError> {
+    let weights = shard::open(file)?.weights;
+    Ok(weights.into_iter().map(|(name, weight)| (name, Arc::new(weight) as WeightRef)).collect())
 }
 
 /// Tokenizer and generation files, and a note for each that is a link to nothing.

@@ -41,6 +41,7 @@ pub mod write;
 pub use config_json::ConfigJson;
 pub use error::CheckpointError;
 pub use explain::{Explain, Kind};
+pub use folder::weights_in;
 pub use generation::{Change, Generation, JournalLine, NewTensors};
 pub use moe_merge_kernels::Dtype;
 pub use publish::{Interrupt, Replace, Staging};

@@ -208,8 +208,10 @@ impl Manifest {
     ) -> Result<Vec<Problem>, CheckpointError> {
         let mut problems = Vec::new();
         let mut to_hash = Vec::new();
+        let view = View::of(dir)?;
+        let place = |file: &FileRecord| view.find(&file.name).0;
         for file in &self.files {
-            match std::fs::metadata(dir.join(&file.name)) {
+            match std::fs::metadata(place(file)) {
                 Err(e) => {
                     problems
                         .push(Problem::Missing { file: file.name.clone(), reason: e.to_string() });
@@ -222,7 +224,7 @@ impl Manifest {
                 Ok(_) => to_hash.push(file),
             }
         }
-        let paths: Vec<PathBuf> = to_hash.iter().map(|f| dir.join(&f.name)).collect();
+        let paths: Vec<PathBuf> = to_hash.iter().map(|f| place(f)).collect();
         for (file, found) in to_hash.iter().zip(hash_each(&paths, interrupt)) {
             match found {
                 Ok(found) if found.blake3 == file.blake3 => {}
@@ -236,9 +238,8 @@ impl Manifest {
                     .push(Problem::Missing { file: file.name.clone(), reason: e.to_string() }),
             }
         }
-        let passing = View::of(dir)?.passing;
         let known: BTreeSet<&str> =
-            self.files.iter().map(|f| &f.name).chain(&passing).map(String::as_str).collect();
+            self.files.iter().map(|f| &f.name).chain(&view.passing).map(String::as_str).collect();
         let mut unknown: Vec<String> = std::fs::read_dir(dir)
             .into_iter()
             .flatten()

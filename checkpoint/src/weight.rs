@@ -36,6 +36,11 @@ pub trait Weight: Debug + Send + Sync {
     /// The file it comes from and its name there, for messages.
     fn origin(&self) -> (PathBuf, String);
 
+    /// The rows of the tensor that [`Weight::origin`] names which it is, where it is a part of one.
+    fn part(&self) -> Option<Range<usize>> {
+        None
+    }
+
     /// Tells that it will not be read again soon, so that its pages may leave memory.
     fn release(&self) {}
 }
@@ -271,6 +276,60 @@ impl Weight for RowSlice {
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let rows = if self.shape.len() == 1 { 0..self.rows.len() } else { rows };
         self.inner.read_rows(self.rows.start + rows.start..self.rows.start + rows.end, out)
+    }
+
+    fn origin(&self) -> (PathBuf, String) {
+        self.inner.origin()
+    }
+
+    fn part(&self) -> Option<Range<usize>> {
+        let start = self.inner.part().map_or(0, |outer| outer.start);
+        Some(start + self.rows.start..start + self.rows.end)
+    }
+
+    fn release(&self) {
+        self.inner.release();
+    }
+}
+
+/// Another weight that is to be stored in a dtype of its own; its numbers are rounded once, when they are written.
+#[derive(Debug, Clone)]
+pub struct Retyped {
+    inner: WeightRef,
+    dtype: Dtype,
+}
+
+impl Retyped {
+    /// `inner` as `dtype`; the same weight if it has that dtype.
+    pub fn of(inner: WeightRef, dtype: Dtype) -> WeightRef {
+        match inner.dtype() == dtype {
+            true => inner,
+            false => Arc::new(Self { inner, dtype }),
+        }
+    }
+}
+
+impl Weight for Retyped {
+    fn shape(&self) -> &[usize] {
+        self.inner.shape()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
+        self.inner.read_rows(rows.clone(), out)?;
+        if self.dtype != Dtype::F32 {
+            let mut rounded = vec![0; out.len() * self.dtype.size()];
+            cast::narrow(out, self.dtype, &mut rounded);
+            cast::widen(&rounded, self.dtype, out);
+        }
+        Ok(())
     }
 
     fn origin(&self) -> (PathBuf, String) {

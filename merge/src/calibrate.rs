@@ -109,6 +109,21 @@ pub struct CalibrateReport {
     pub warnings: Vec<String>,
 }
 
+/// Routers that were computed and not written.
+#[derive(Debug)]
+pub struct Fitted {
+    /// The routers under their names.
+    pub tensors: Vec<(String, WeightRef)>,
+    /// What a journal should keep.
+    pub details: Value,
+    /// How they were made.
+    pub estimator: &'static str,
+    /// Forecast from held-out prompts, for learned gates.
+    pub forecast: Option<RoutingReport>,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
 /// Where the time of a calibration went.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Seconds {
@@ -125,8 +140,6 @@ impl Calibration {
     /// [`CalibrateError`]: no folder, a dense model, an unknown estimator, prompts of experts that the model has not, no
     /// text for an expert.
     pub fn prepare(path: &str, options: CalibrateOptions) -> Result<Self, CalibrateError> {
-        let estimator =
-            moe_merge_router::find(&options.estimator).map_err(CalibrateError::Estimator)?;
         let reference: SourceRef = path.parse()?;
         // The generation comes first: if the model is changed while it is read, the change that follows is refused.
         let generation = Manifest::load(Path::new(path))?.map_or(0, |m| m.generation);
@@ -134,13 +147,34 @@ impl Calibration {
         if reference.lora.is_some() || !source.path.is_dir() {
             return Err(CalibrateError::NotAFolder { found: path.to_owned() });
         }
+        Self::of(source, None, generation, options)
+    }
+
+    /// The same for a model that is open already, and may not be on disk as it is.
+    ///
+    /// * `names`: of its experts, where its folder does not tell them
+    /// * `generation`: the one that it comes from
+    ///
+    /// # Errors
+    /// As [`Calibration::prepare`].
+    pub fn of(
+        source: Source,
+        names: Option<Vec<String>>,
+        generation: u32,
+        options: CalibrateOptions,
+    ) -> Result<Self, CalibrateError> {
+        let estimator =
+            moe_merge_router::find(&options.estimator).map_err(CalibrateError::Estimator)?;
         let spec = Spec::of(&source)?;
         let layers = moe_layers(&spec);
         let Some((_, first)) = layers.first() else {
             let family = source.config.model_type().to_owned();
             return Err(CalibrateError::Dense { path: source.path.clone(), family });
         };
-        let names = expert_names(&source.path, first.experts)?;
+        let names = match names {
+            Some(names) => names,
+            None => expert_names(&source.path, first.experts)?,
+        };
         // Training learns from text, whatever it starts from.
         let drawn = matches!(estimator.method, Method::Seed(_)) && options.train.is_none();
         if !drawn && options.prompts.is_none() && options.self_text == 0 {
@@ -251,6 +285,7 @@ impl Calibration {
             details,
             gate_mode: Some(self.estimator.name.into()),
             parent: Some(self.generation),
+            ..Change::default()
         };
         let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
         let made = commit(&folder, &change, watch)?;
@@ -279,6 +314,21 @@ impl Calibration {
             seconds,
             warnings,
         })
+    }
+
+    /// Computes the routers and writes nothing: their tensors, what a journal should keep, the forecast and notes.
+    ///
+    /// # Errors
+    /// [`CalibrateError`].
+    pub fn fitted(mut self, observer: &dyn Observer) -> Result<Fitted, CalibrateError> {
+        let self_text_tokens = self.write_texts()?;
+        let (routers, training) = self.routers(observer)?;
+        let tensors = self.new_tensors(&routers)?;
+        let details = self.details(&routers, self_text_tokens, training.as_ref());
+        let mut notes = self.notes;
+        notes.extend(routers.notes);
+        let estimator = self.estimator.name;
+        Ok(Fitted { tensors, details, estimator, forecast: routers.forecast, notes })
     }
 
     /// Lets each expert, alone in the model, write text of its own, which joins its prompts.

@@ -2,10 +2,13 @@
 
 use serde_json::json;
 
+use moe_merge_adapt::Moe;
+use moe_merge_checkpoint::{Change, NewTensors};
 use moe_merge_merge::calibrate::{CalibrateOptions, CalibrateReport, Calibration};
 use moe_merge_merge::training::TrainOptions;
 use moe_merge_model::router_training;
 
+use super::approve::proposal_summary;
 use super::build::{Bars, forecast_table, notes, versioned};
 use crate::args::{CalibrateArgs, Common, Objective};
 use crate::exit::{self, Outcome};
@@ -36,12 +39,42 @@ pub fn run(args: &CalibrateArgs, common: &Common) -> Result<Outcome, Failure> {
     if args.dry_run {
         return plan(&calibration, args, common);
     }
+    if args.stage {
+        return stage(calibration, args, common);
+    }
     let out = args.out.as_deref();
     let report = calibration.run(args.message.as_deref(), out, &Bars::new(common))?;
     notes(&report.warnings, common);
     match common.json {
         true => render::json(&versioned(serde_json::to_value(&report))?)?,
         false => render::out(&summary(&report))?,
+    }
+    Ok(Outcome::Done)
+}
+
+/// Lets the new routers wait for approval.
+fn stage(
+    calibration: Calibration,
+    args: &CalibrateArgs,
+    common: &Common,
+) -> Result<Outcome, Failure> {
+    let moe = Moe::open(&args.path)?;
+    let fitted = calibration.fitted(&Bars::new(common))?;
+    let change = Change {
+        action: "calibrate",
+        message: args.message.as_deref(),
+        tensors: vec![NewTensors { role: "router".into(), tensors: fitted.tensors }],
+        details: fitted.details,
+        gate_mode: Some(fitted.estimator.into()),
+        parent: Some(moe.generation()),
+        ..Change::default()
+    };
+    let report = moe_merge_adapt::propose(&moe, &change, exit::interrupt(), &|_| {})?;
+    notes(&fitted.notes, common);
+    notes(&report.warnings, common);
+    match common.json {
+        true => render::json(&versioned(serde_json::to_value(&report))?)?,
+        false => render::out(&proposal_summary(&report))?,
     }
     Ok(Outcome::Done)
 }

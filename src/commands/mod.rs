@@ -1,16 +1,21 @@
 //! One file for each command.
 
+mod approve;
 mod build;
 mod calibrate;
 mod completions;
 mod device;
+mod diff;
+mod edit;
 mod evaluate;
 mod export;
 mod generate;
+mod history;
 mod inspect;
 mod logits;
 mod perplexity;
 mod route;
+mod swap;
 mod verify;
 
 use std::path::Path;
@@ -37,6 +42,14 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Route(args) => route::run(args, common),
         Command::Calibrate(args) => calibrate::run(args, common),
         Command::Evaluate(args) => evaluate::run(args, common),
+        Command::Swap(args) => swap::run(args, common),
+        Command::Add(args) => edit::add(args, common),
+        Command::Drop(args) => edit::drop(args, common),
+        Command::Extract(args) => edit::extract(args, common),
+        Command::Diff(args) => diff::run(args, common),
+        Command::Approve(args) => approve::run(args, common),
+        Command::History(args) => history::run(args, common),
+        Command::Rollback(args) => history::rollback(args, common),
         Command::Export(args) => export::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),

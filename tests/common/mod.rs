@@ -1,6 +1,8 @@
 //! What the end-to-end tests share. Each of them uses its part.
 #![allow(dead_code)]
 
+pub mod layouts;
+
 use std::path::{Path, PathBuf};
 
 use moe_merge_checkpoint::publish::{Interrupt, Replace};

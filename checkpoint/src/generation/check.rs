@@ -3,12 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::journal::{history, old_index};
+use super::journal::{history, kept};
 use super::switch::{STORE, View, blob};
 use crate::error::CheckpointError;
 use crate::manifest::{FileRecord, Problem, hash_files};
 use crate::publish::Interrupt;
-use crate::write::INDEX_NAME;
 
 /// What a look at the history found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,9 +40,10 @@ pub fn check(folder: &Path, interrupt: &Interrupt) -> Result<Checked, Checkpoint
     let mut seen = BTreeSet::new();
     for line in &lines {
         for file in &line.removed {
-            let (stored, name) = match file.name == INDEX_NAME {
-                true => view.find(&old_index(line.parent.unwrap_or_default())),
-                false => {
+            let small = kept(&file.name, line.parent.unwrap_or_default());
+            let (stored, name) = match &small {
+                Some(small) => view.find(small),
+                None => {
                     let name = format!("{STORE}/{}.safetensors", file.blake3);
                     (blob(folder, &file.blake3), name)
                 }
@@ -54,7 +54,7 @@ pub fn check(folder: &Path, interrupt: &Interrupt) -> Result<Checked, Checkpoint
             if !stored.exists() {
                 // A shard that only got another name, or came back, still lies in the model folder.
                 let here = |f: &FileRecord| {
-                    f.blake3 == file.blake3 && f.name != INDEX_NAME && folder.join(&f.name).exists()
+                    f.blake3 == file.blake3 && small.is_none() && folder.join(&f.name).exists()
                 };
                 if !here(file) && !lines.iter().flat_map(|l| &l.added).any(here) {
                     checked.notes.push(format!(

@@ -5,9 +5,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::CONFIG;
 use super::switch::View;
 use crate::error::CheckpointError;
 use crate::manifest::{FileRecord, MANIFEST_NAME, hash_bytes};
+use crate::write::INDEX_NAME;
 
 /// Where the journal is, seen from the model folder.
 pub const JOURNAL_NAME: &str = ".moe-merge/journal.jsonl";
@@ -91,9 +93,14 @@ pub(super) fn old_manifest(generation: u32) -> String {
     format!(".moe-merge/manifests/{generation}.json")
 }
 
-/// Where the index of an older generation is kept, if it had one.
-pub(super) fn old_index(generation: u32) -> String {
-    format!(".moe-merge/manifests/{generation}.index.json")
+/// Where index and configuration of an older generation are kept, if another one took their place.
+pub(super) fn kept(name: &str, generation: u32) -> Option<String> {
+    let kind = match name {
+        INDEX_NAME => "index",
+        CONFIG => "config",
+        _ => return None,
+    };
+    Some(format!(".moe-merge/manifests/{generation}.{kind}.json"))
 }
 
 /// A file's bytes, `None` if it is not there.

@@ -6,7 +6,9 @@
 //!    index does not name them.
 //! 4. The new index takes the place of the old one: **the switch**. Where there was no index but one
 //!    `model.safetensors`, loaders prefer that file as long as it is there: removing its name is the switch.
-//! 5. Manifest and journal take their places, old shards lose theirs, then `pending.json` goes.
+//!    Going back to such a model, the file appears again: that is the switch then.
+//! 5. A new `config.json`, manifest and journal take their places, old shards lose theirs, then `pending.json` goes.
+//!    Until `config.json` has its place, [`View`] finds it in the staging folder.
 //!
 //! Before the switch everything is undone, after it everything is finished, and both can be done again and again.
 
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::CONFIG;
 use super::journal::read_optional;
 use crate::error::CheckpointError;
 use crate::manifest::hash_bytes;
@@ -47,6 +50,9 @@ pub(super) struct Pending {
     pub generation: u32,
     /// BLAKE3 of the new index.
     pub index: String,
+    /// Whether the model becomes [`SINGLE`] again: then this file, in the staging folder, makes the switch.
+    #[serde(default)]
+    pub to_single: bool,
     /// New shards in the staging folder, which go to the model folder under the same name.
     pub place: Vec<String>,
     /// The name that [`SINGLE`] gets, where the model was that file and it is still needed.
@@ -98,6 +104,9 @@ impl Pending {
 
     /// Whether readers that go by the index see the new generation.
     fn switched(&self, folder: &Path) -> Result<bool, CheckpointError> {
+        if self.to_single {
+            return Ok(folder.join(SINGLE).exists());
+        }
         let index = read_optional(&folder.join(INDEX_NAME))?;
         Ok(index.is_some_and(|bytes| hash_bytes(&bytes) == self.index))
     }
@@ -150,7 +159,8 @@ impl Pending {
         let places: Vec<PathBuf> = std::iter::once(folder.to_owned()).chain(store).collect();
         sync_all(&places)?;
         step("switch")?;
-        rename(&folder.join(STAGING).join(INDEX_NAME), &folder.join(INDEX_NAME))?;
+        let last = if self.to_single { SINGLE } else { INDEX_NAME };
+        rename(&folder.join(STAGING).join(last), &folder.join(last))?;
         sync_folder(folder)
     }
 
@@ -159,6 +169,9 @@ impl Pending {
         step("first name")?;
         if let Some(name) = &self.single {
             move_or_unlink(&folder.join(SINGLE), &folder.join(name))?;
+        }
+        if self.to_single && !self.finish.iter().any(|(_, to)| to == INDEX_NAME) {
+            remove(&folder.join(INDEX_NAME))?;
         }
         for (name, hash) in &self.store {
             step("unlink")?;
@@ -226,23 +239,39 @@ pub(crate) struct View {
     staged: BTreeMap<String, PathBuf>,
     /// Weight files that lie in the folder for the moment and do not belong to that generation.
     pub passing: BTreeSet<String>,
+    /// Whether loaders still see [`SINGLE`] of the generation before.
+    behind: bool,
 }
 
 impl View {
     /// Looks at the folder.
     pub fn of(folder: &Path) -> Result<Self, CheckpointError> {
-        let mut view =
-            Self { folder: folder.to_owned(), staged: BTreeMap::new(), passing: BTreeSet::new() };
+        let mut view = Self {
+            folder: folder.to_owned(),
+            staged: BTreeMap::new(),
+            passing: BTreeSet::new(),
+            behind: false,
+        };
         let Some(pending) = Pending::load(folder)? else { return Ok(view) };
         if !pending.switched(folder)? {
             view.passing.extend(pending.place.into_iter().chain(pending.single));
             return Ok(view);
         }
+        let goes = pending.single.is_some() || pending.store.iter().any(|(name, _)| name == SINGLE);
+        view.behind = goes && folder.join(SINGLE).exists();
         view.passing.extend(pending.single.map(|_| SINGLE.to_owned()));
         view.passing.extend(pending.store.into_iter().map(|(name, _)| name));
         let staging = folder.join(STAGING);
         view.staged.extend(pending.finish.into_iter().map(|(from, to)| (to, staging.join(from))));
         Ok(view)
+    }
+
+    /// Where `config.json` of the generation that loaders see is; it may move to its place at any time.
+    pub fn config(&self) -> PathBuf {
+        match self.behind {
+            true => self.folder.join(CONFIG),
+            false => self.find(CONFIG).0,
+        }
     }
 
     /// Where a file of the history is, and its name.

@@ -30,7 +30,7 @@ pub use schema::{Availability, Key, Shape, TABLES, json_schema};
 pub use setting::{ParameterKind, Setting};
 pub use source::{Place, SourceKind, SourceSpec};
 
-pub(crate) use reader::nearest;
+pub use reader::nearest;
 
 use node::{Node, Value};
 use reader::Reader;

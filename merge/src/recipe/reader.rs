@@ -280,7 +280,7 @@ pub(super) fn as_bool(node: &Node) -> Option<bool> {
 }
 
 /// The name nearest to `text`, if one is near enough to be meant.
-pub(crate) fn nearest<'n>(text: &str, names: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
+pub fn nearest<'n>(text: &str, names: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     let text: String = text.chars().take(64).collect::<String>().to_lowercase().replace('-', "_");
     let allowed = (text.chars().count() / 3).max(1);
     names
