@@ -138,11 +138,7 @@ impl Edit {
         warnings.extend(donor.source.notes.iter().cloned());
         warnings.extend(compatibility.note(&donor.label));
         warnings.extend(restructured.notes.clone());
-        if request.calibrate.is_none() {
-            warnings.push(format!(
-                "the gate row of `{name}` is the mean of the others: `--calibrate` fits it to text"
-            ));
-        }
+        warnings.extend(request.calibrate.is_none().then(|| unfitted(&name)));
         let details = json!({
             "expert": moe.names.len(), "name": name, "with": donor.short_label(),
             "base_difference": compatibility.difference,
@@ -324,6 +320,11 @@ impl Edit {
             ..self.restructured.change(self.report.action, &self.moe)
         }
     }
+}
+
+/// What an expert without a gate row of its own should be told about.
+fn unfitted(name: &str) -> String {
+    format!("the gate row of `{name}` is the mean of the others: `--calibrate` fits it to text")
 }
 
 /// A report that says nothing yet.

@@ -44,6 +44,7 @@ impl Restructured {
         let (mut stacks, mut routers) = (Vec::new(), Vec::new());
         let (config, notes) = config(moe, slots.len())?;
         let mut all = Self { config, notes, ..Self::default() };
+        let mut separated = 0;
         for (layer, mlp) in moe.spec.moe_layers() {
             let matrices = |slot: Slot| match slot {
                 Slot::Kept(expert) => {
@@ -55,6 +56,7 @@ impl Restructured {
             match mlp.names.expert(0) {
                 Some(_) => {
                     let fused = is_fused(moe, layer, mlp)?;
+                    separated += usize::from(fused);
                     for (place, slot) in slots.iter().enumerate() {
                         if fused || *slot != Slot::Kept(place) {
                             let names = mlp.names.expert(place).into_iter().flatten();
@@ -77,6 +79,12 @@ impl Restructured {
             all.tensors.push(NewTensors { role: format!("expert-{place:02}"), tensors });
         }
         all.tensors.retain(|group| !group.tensors.is_empty());
+        if separated > 0 {
+            all.notes.push(format!(
+                "in {separated} layers all experts were one tensor: they get tensors of their own, the layout that every \
+                 program loads"
+            ));
+        }
         Ok(all)
     }
 

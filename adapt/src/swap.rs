@@ -188,27 +188,8 @@ impl Swap {
         let layers = moe.layers(request.layers.as_ref())?;
         let donor = Donor::open(&request.with, Path::new(""))?;
         check_sizes(&moe, &donor)?;
-        let mut report = SwapReport {
-            folder: moe.source.path.clone(),
-            generation: None,
-            parent: moe.generation(),
-            expert,
-            name: request.name.clone().unwrap_or_else(|| moe.names[expert].clone()),
-            with: donor.label.clone(),
-            layers: layers.iter().map(|(l, _)| *l).collect(),
-            expert_bytes: 0,
-            bytes_written: 0,
-            converted: None,
-            compatibility: compatibility(&moe, &donor)?,
-            difference: 0.0,
-            calibrated: None,
-            effect: None,
-            staged: None,
-            refused: Vec::new(),
-            added: Vec::new(),
-            seconds: Seconds::default(),
-            warnings: moe.source.notes.iter().chain(&donor.source.notes).cloned().collect(),
-        };
+        let mut report = blank(&request, &moe, &donor, expert)?;
+        report.layers = layers.iter().map(|(l, _)| *l).collect();
         report.warnings.extend(report.compatibility.note(&donor.label));
         let mut differences = Vec::new();
         let mut tensors = Vec::new();
@@ -378,6 +359,36 @@ impl Swap {
             "effect": self.report.effect,
         })
     }
+}
+
+/// A report of what is known before a tensor is looked at.
+fn blank(
+    request: &SwapRequest,
+    moe: &Moe,
+    donor: &Donor,
+    expert: usize,
+) -> Result<SwapReport, AdaptError> {
+    Ok(SwapReport {
+        folder: moe.source.path.clone(),
+        generation: None,
+        parent: moe.generation(),
+        expert,
+        name: request.name.clone().unwrap_or_else(|| moe.names[expert].clone()),
+        with: donor.label.clone(),
+        layers: Vec::new(),
+        expert_bytes: 0,
+        bytes_written: 0,
+        converted: None,
+        compatibility: compatibility(moe, donor)?,
+        difference: 0.0,
+        calibrated: None,
+        effect: None,
+        staged: None,
+        refused: Vec::new(),
+        added: Vec::new(),
+        seconds: Seconds::default(),
+        warnings: moe.source.notes.iter().chain(&donor.source.notes).cloned().collect(),
+    })
 }
 
 /// Layer numbers as runs: `0..4, 7..8`.

@@ -100,17 +100,7 @@ impl Next {
                 tensors.push(tensor.clone());
             }
         }
-        if state.single
-            && weight_map.values().any(|s| s == SINGLE)
-            && let Some(record) = state.record(SINGLE)
-        {
-            let name = format!("{BASE}{}.safetensors", short(record));
-            for shard in weight_map.values_mut().filter(|s| *s == SINGLE) {
-                *shard = name.clone();
-            }
-            added.push(FileRecord { name: name.clone(), ..record.clone() });
-            pending.single = Some(name);
-        }
+        pending.single = second_name(state, &mut weight_map, &mut added);
         let mut metadata = state.metadata.clone();
         if change.config.is_some() {
             metadata.insert("total_size".into(), json!(total(state, &weight_map, written)));
@@ -176,6 +166,22 @@ impl Next {
             line,
         }
     }
+}
+
+/// The name that the one file of a model gets beside an index, if tensors of it are still needed.
+fn second_name(
+    state: &State,
+    weight_map: &mut BTreeMap<String, String>,
+    added: &mut Vec<FileRecord>,
+) -> Option<String> {
+    let needed = state.single && weight_map.values().any(|shard| shard == SINGLE);
+    let record = state.record(SINGLE).filter(|_| needed)?;
+    let name = format!("{BASE}{}.safetensors", short(record));
+    for shard in weight_map.values_mut().filter(|shard| *shard == SINGLE) {
+        shard.clone_from(&name);
+    }
+    added.push(FileRecord { name: name.clone(), ..record.clone() });
+    Some(name)
 }
 
 /// Bytes of all tensors of the next generation.

@@ -93,6 +93,38 @@ fn experts_come_and_go() {
     }
 }
 
+/// One expert of a fused tensor gets new values, the others keep theirs, and no file is touched.
+#[test]
+fn a_part_of_a_fused_tensor_is_replaced() {
+    let dir = folder(Kind::Fused);
+    let dir = dir.path();
+    let before = hashes(dir);
+    let part =
+        |expert: usize| format!("model.layers.0.block_sparse_moe.experts.{expert}.w2.weight");
+    for (generation, (expert, value)) in [(1, 9.0), (0, 8.0)].into_iter().enumerate() {
+        let weight = OwnedWeight::from_f32("new", &[value; 12], &[3, 4], Dtype::F32);
+        let tensors = vec![(part(expert), Arc::new(weight) as WeightRef)];
+        let tensors = vec![NewTensors { role: format!("expert-0{expert}"), tensors }];
+        let made = apply(dir, &Change { action: "swap", tensors, ..Change::default() }).unwrap();
+        assert_eq!(made.tensors, ["model.layers.0.mlp.experts.down_proj"]);
+        let source = open(dir);
+        let values = [0, 1].map(|e| source.tensors[&part(e)].to_f32().unwrap());
+        let expected = if generation == 0 { [2.5, 9.0] } else { [8.0, 9.0] };
+        assert_eq!(values, expected.map(|v| vec![v; 12]));
+        whole(dir);
+        let loaded = &as_loaders_do(dir)["model.layers.0.mlp.experts.down_proj"];
+        assert_eq!(loaded.len(), 2 * 24);
+        assert_eq!(loaded[24..], [0x10, 0x41].repeat(12), "9 in bf16");
+    }
+    let after = hashes(dir);
+    let file = |all: &BTreeMap<PathBuf, String>, start: &str| {
+        all.iter().find(|(n, _)| n.to_string_lossy().starts_with(start)).map(|(_, h)| h.clone())
+    };
+    assert_eq!(file(&after, "model-base-"), file(&before, "model.safetensors"));
+    // The second change wrote the experts' file anew, without leaving the first one's beside it.
+    assert_eq!(weight_files(dir).len(), 2);
+}
+
 /// Fused experts go to the hub layout, all at once.
 #[test]
 fn a_fused_layer_becomes_experts() {
