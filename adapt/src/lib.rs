@@ -35,5 +35,7 @@ pub use error::AdaptError;
 pub use extract::{ExtractReport, ExtractRequest, default_output, extract};
 pub use history::{Entry, History, RollbackReport, Waiting, history, prune, rollback};
 pub use moe::Moe;
-pub use proposal::{ApproveRequest, Proposal, ProposalReport, approve, discard, proposals};
+pub use proposal::{
+    ApproveRequest, Proposal, ProposalReport, approve, discard, proposals, propose,
+};
 pub use swap::{Convert, Forecast, Seconds, Swap, SwapReport, SwapRequest, swap};
