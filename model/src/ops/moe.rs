@@ -120,6 +120,13 @@ impl Expert {
         Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
     }
 
+    /// Which kernels the tokens of a pass go through from now on.
+    pub fn set_batching(&mut self, batching: kernels::Batching) {
+        [&mut self.gate, &mut self.up, &mut self.down]
+            .into_iter()
+            .for_each(|l| l.exec.batching = batching);
+    }
+
     /// Puts its layers where `placement` says.
     pub fn place(&mut self, placement: &Placement) -> std::result::Result<(), ModelError> {
         [&mut self.gate, &mut self.up, &mut self.down]
