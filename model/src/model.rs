@@ -47,7 +47,8 @@ impl Visited<'_> {
         for logits in self.logits.chunks_exact(self.moe.experts) {
             row.copy_from_slice(logits);
             shares(&mut row, &self.moe.router);
-            let terms = row.iter().filter(|p| **p > 0.0).map(|&p| -f64::from(p) * f64::from(p).ln());
+            let terms =
+                row.iter().filter(|p| **p > 0.0).map(|&p| -f64::from(p) * f64::from(p).ln());
             sum += terms.sum::<f64>();
         }
         sum

@@ -20,10 +20,7 @@ pub struct Steady {
 impl Steady {
     /// Over the weights of `model`.
     pub fn new(model: &Model) -> Self {
-        Self {
-            prompts: model.batched(Batching::Together),
-            next: model.batched(Batching::Alone),
-        }
+        Self { prompts: model.batched(Batching::Together), next: model.batched(Batching::Alone) }
     }
 
     /// The model, for caches and sizes.
@@ -68,7 +65,8 @@ impl Steady {
         }
         caches.iter().try_for_each(|cache| cache.check(1))?;
         let lens: Vec<usize> = caches.iter().map(|cache| cache.len()).collect();
-        let mut layers: Vec<Vec<&mut LayerCache>> = self.spec().layers.iter().map(|_| Vec::new()).collect();
+        let mut layers: Vec<Vec<&mut LayerCache>> =
+            self.spec().layers.iter().map(|_| Vec::new()).collect();
         for cache in caches.iter_mut() {
             for (layer, kept) in layers.iter_mut().zip(&mut cache.layers) {
                 layer.push(kept);
@@ -120,7 +118,8 @@ mod tests {
 
     #[test]
     fn neither_pieces_nor_neighbours_change_a_bit() {
-        for (name, exec) in FAMILIES.iter().flat_map(|f| [(f, Exec::default()), (f, Exec::fast())]) {
+        for (name, exec) in FAMILIES.iter().flat_map(|f| [(f, Exec::default()), (f, Exec::fast())])
+        {
             let model = open(name, exec);
             // Of lengths around the block sizes of the kernels.
             let prompts: Vec<Vec<u32>> =
@@ -163,10 +162,8 @@ mod tests {
         model.prompt(&text(1, 8), &mut cache, LogitRows::Skip, Some(&mut watch)).unwrap();
         model.next(&[1], &mut [&mut cache], Some(&mut watch)).unwrap();
         let layers = model.spec().layers.len();
-        let expected: Vec<_> = (0..layers)
-            .map(|l| (l, 8, 8))
-            .chain((0..layers).map(|l| (l, 1, 1)))
-            .collect();
+        let expected: Vec<_> =
+            (0..layers).map(|l| (l, 8, 8)).chain((0..layers).map(|l| (l, 1, 1))).collect();
         assert_eq!(seen, expected);
     }
 

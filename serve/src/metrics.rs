@@ -152,15 +152,60 @@ impl Metrics {
             let _ = writeln!(out, "moe_merge_requests_total{{{labels}}} {count}");
         }
         let all: [(&str, &str, &str, u64); 10] = [
-            ("moe_merge_prompt_tokens_total", "counter", "Prompt tokens through the model.", self.prompt_tokens.load(Relaxed)),
-            ("moe_merge_new_tokens_total", "counter", "Tokens written.", self.new_tokens.load(Relaxed)),
-            ("moe_merge_cancelled_total", "counter", "Answers whose client went away.", self.cancelled.load(Relaxed)),
-            ("moe_merge_failed_total", "counter", "Answers that the model failed in.", self.failed.load(Relaxed)),
-            ("moe_merge_switches_total", "counter", "Generations that went live after the first.", self.switches.load(Relaxed)),
-            ("moe_merge_switches_refused_total", "counter", "Generations that could not be opened.", self.refused.load(Relaxed)),
-            ("moe_merge_waiting", "gauge", "Answers that wait for their turn.", self.waiting.load(Relaxed) as u64),
-            ("moe_merge_running", "gauge", "Sequences that the model works on.", self.running.load(Relaxed) as u64),
-            ("moe_merge_cache_bytes", "gauge", "Bytes of keys and values.", self.cache_bytes.load(Relaxed) as u64),
+            (
+                "moe_merge_prompt_tokens_total",
+                "counter",
+                "Prompt tokens through the model.",
+                self.prompt_tokens.load(Relaxed),
+            ),
+            (
+                "moe_merge_new_tokens_total",
+                "counter",
+                "Tokens written.",
+                self.new_tokens.load(Relaxed),
+            ),
+            (
+                "moe_merge_cancelled_total",
+                "counter",
+                "Answers whose client went away.",
+                self.cancelled.load(Relaxed),
+            ),
+            (
+                "moe_merge_failed_total",
+                "counter",
+                "Answers that the model failed in.",
+                self.failed.load(Relaxed),
+            ),
+            (
+                "moe_merge_switches_total",
+                "counter",
+                "Generations that went live after the first.",
+                self.switches.load(Relaxed),
+            ),
+            (
+                "moe_merge_switches_refused_total",
+                "counter",
+                "Generations that could not be opened.",
+                self.refused.load(Relaxed),
+            ),
+            (
+                "moe_merge_waiting",
+                "gauge",
+                "Answers that wait for their turn.",
+                self.waiting.load(Relaxed) as u64,
+            ),
+            (
+                "moe_merge_running",
+                "gauge",
+                "Sequences that the model works on.",
+                self.running.load(Relaxed) as u64,
+            ),
+            (
+                "moe_merge_cache_bytes",
+                "gauge",
+                "Bytes of keys and values.",
+                self.cache_bytes.load(Relaxed) as u64,
+            ),
             ("moe_merge_generation", "gauge", "The live generation.", live.now().number.into()),
         ];
         for (name, kind, help, value) in all {
@@ -171,7 +216,11 @@ impl Metrics {
             (&self.first_token, "moe_merge_first_token_seconds", "From request to first token."),
             (&self.next_token, "moe_merge_next_token_seconds", "From one token to the next."),
             (&self.answer, "moe_merge_answer_seconds", "From request to last token."),
-            (&self.switch, "moe_merge_switch_seconds", "To open another generation and make it live."),
+            (
+                &self.switch,
+                "moe_merge_switch_seconds",
+                "To open another generation and make it live.",
+            ),
         ] {
             histogram.write(&mut out, name, help);
         }
@@ -185,12 +234,13 @@ fn routers(out: &mut String, live: &Live) {
     let generations = live.in_memory();
     head(out, "moe_merge_generations_in_memory", "gauge", "Generations that requests work with.");
     let _ = writeln!(out, "moe_merge_generations_in_memory {}", generations.len());
-    let mut each = |name: &str, help: &str, write: &dyn Fn(&mut String, &Generation, &LayerLoad)| {
-        head(out, name, "counter", help);
-        for generation in &generations {
-            generation.routers.layers.iter().for_each(|load| write(out, generation, load));
-        }
-    };
+    let mut each =
+        |name: &str, help: &str, write: &dyn Fn(&mut String, &Generation, &LayerLoad)| {
+            head(out, name, "counter", help);
+            for generation in &generations {
+                generation.routers.layers.iter().for_each(|load| write(out, generation, load));
+            }
+        };
     each("moe_merge_expert_tokens_total", "Tokens that visited an expert.", &|out, g, load| {
         for (expert, count) in load.experts.iter().enumerate() {
             let (name, count) = (escaped(&g.experts, expert), count.load(Relaxed));

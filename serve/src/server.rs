@@ -55,8 +55,7 @@ impl Server {
             .map_err(ServeError::Threads)?;
         let address = options.address;
         let refused = |source| ServeError::Listen { address, source };
-        let listener =
-            runtime.block_on(tokio::net::TcpListener::bind(address)).map_err(refused)?;
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).map_err(refused)?;
         let address = listener.local_addr().map_err(refused)?;
         let engine =
             Engine::start(&options.limits, metrics.clone()).map_err(ServeError::Threads)?;

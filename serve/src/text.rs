@@ -105,7 +105,10 @@ mod tests {
     #[test]
     fn stops_are_cut_off_wherever_tokens_end() {
         assert_eq!(run(&[], &["a", "b"]).0, ["a", "b", ""]);
-        assert_eq!(run(&["END"], &["aE", "N", "Db"]), (vec!["a".into(), "".into(), "".into()], Stopped::Yes));
+        assert_eq!(
+            run(&["END"], &["aE", "N", "Db"]),
+            (vec!["a".into(), "".into(), "".into()], Stopped::Yes)
+        );
         assert_eq!(run(&["END"], &["aE", "N", "x"]).0, ["a", "", "ENx", ""]);
         // What may have been a beginning comes at the end.
         assert_eq!(run(&["END"], &["aEN"]), (vec!["a".into(), "EN".into()], Stopped::No));

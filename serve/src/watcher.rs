@@ -21,11 +21,7 @@ impl Watcher {
     ///
     /// # Errors
     /// What the system says if it gives no thread.
-    pub fn start(
-        live: Arc<Live>,
-        metrics: Arc<Metrics>,
-        every: Duration,
-    ) -> std::io::Result<Self> {
+    pub fn start(live: Arc<Live>, metrics: Arc<Metrics>, every: Duration) -> std::io::Result<Self> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let seen = stop.clone();
         let thread = std::thread::Builder::new().name("watcher".into()).spawn(move || {
@@ -34,7 +30,9 @@ impl Watcher {
                 if let Err(error) = refresh(&live, &metrics) {
                     // A folder that stays broken is told about once.
                     if told.as_ref() != Some(&error) {
-                        tracing::error!("the model on disk cannot be opened, the old one stays: {error}");
+                        tracing::error!(
+                            "the model on disk cannot be opened, the old one stays: {error}"
+                        );
                     }
                     told = Some(error);
                 } else {

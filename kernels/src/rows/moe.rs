@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::{
-    FEW, Form, PAD, Prepared, SHARED_FROM, Sums, TASK, check_tokens, multiply, multiply_vectors, set,
+    FEW, Form, PAD, Prepared, SHARED_FROM, Sums, TASK, check_tokens, multiply, multiply_vectors,
+    set,
 };
 use crate::activation::Activation;
 use crate::dispatch::ExpertView;

@@ -63,8 +63,7 @@ impl Chooser {
                 }
             }
             for (token, count) in &self.counts {
-                changed[*token as usize] -=
-                    self.how.presence + self.how.frequency * *count as f32;
+                changed[*token as usize] -= self.how.presence + self.how.frequency * *count as f32;
             }
             self.sampler.next(&changed)?
         } else {

@@ -124,9 +124,8 @@ impl Engine {
     pub fn start(limits: &Limits, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let (sender, receiver) = channel();
         let runner = runner::Runner::new(receiver, limits, metrics.clone());
-        let thread = std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())?;
+        let thread =
+            std::thread::Builder::new().name("engine".into()).spawn(move || runner.run())?;
         Ok(Self {
             jobs: Mutex::new(Some(sender)),
             thread: Mutex::new(Some(thread)),

@@ -141,16 +141,14 @@ impl Runner {
         let done = prompt.cache.len();
         let piece = if self.lanes.is_empty() { PIECE_ALONE } else { PIECE };
         let end = prompt.job.prompt.len().min(done + piece);
-        let rows =
-            if end == prompt.job.prompt.len() { LogitRows::Last } else { LogitRows::Skip };
+        let rows = if end == prompt.job.prompt.len() { LogitRows::Last } else { LogitRows::Skip };
         let Prompt { job, cache, trail } = prompt;
         let generation = &job.generation;
         let mut watch = |visited: Visited<'_>| {
             generation.routers.add(&visited);
             trail.add(&visited, 0..visited.routing.tokens);
         };
-        let passed =
-            generation.model.prompt(&job.prompt[done..end], cache, rows, Some(&mut watch));
+        let passed = generation.model.prompt(&job.prompt[done..end], cache, rows, Some(&mut watch));
         self.metrics.prompt_tokens.fetch_add((end - done) as u64, Relaxed);
         let logits = match passed {
             Ok(_) if end < job.prompt.len() => return,
@@ -216,11 +214,7 @@ impl Runner {
 }
 
 /// One token of every lane through the model, and the next one chosen; lanes that end leave.
-fn step(
-    generation: &Generation,
-    lanes: &mut Vec<Lane>,
-    metrics: &Metrics,
-) -> Result<(), String> {
+fn step(generation: &Generation, lanes: &mut Vec<Lane>, metrics: &Metrics) -> Result<(), String> {
     let tokens: Vec<u32> = lanes.iter().map(|lane| lane.next).collect();
     let (mut caches, mut trails) = (Vec::new(), Vec::new());
     for Lane { cache, trail, .. } in lanes.iter_mut() {

@@ -73,8 +73,7 @@ impl ApiError {
 
     /// A model that is not served here.
     pub fn unknown_model(name: &str) -> Self {
-        let message =
-            format!("The model `{name}` does not exist or you do not have access to it.");
+        let message = format!("The model `{name}` does not exist or you do not have access to it.");
         Self::invalid(message).status(StatusCode::NOT_FOUND).code("model_not_found")
     }
 

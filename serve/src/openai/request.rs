@@ -122,7 +122,8 @@ impl Chat {
         let told = fields.flag("logprobs")?.unwrap_or(false);
         let top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)?;
         if top.is_some() && !told {
-            let message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.";
+            let message =
+                "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.";
             return Err(ApiError::invalid(message).param("top_logprobs"));
         }
         common.choosing.logprobs = told.then_some(top.unwrap_or(0) as usize);
@@ -221,7 +222,8 @@ fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, ApiError> {
 }
 
 fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
-    let wrong = |found: &Value| ApiError::wrong_type("stop", "a string or an array of strings", found);
+    let wrong =
+        |found: &Value| ApiError::wrong_type("stop", "a string or an array of strings", found);
     let stops = match fields.take("stop") {
         None => return Ok(Vec::new()),
         Some(Value::String(stop)) => vec![stop],
@@ -247,7 +249,8 @@ fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
 
 /// A text, some texts, token ids, or some lists of token ids.
 fn prompts(found: Value) -> Result<Vec<PromptText>, ApiError> {
-    const EXPECTED: &str = "a string, an array of strings, an array of integers or an array of arrays of integers";
+    const EXPECTED: &str =
+        "a string, an array of strings, an array of integers or an array of arrays of integers";
     let wrong = |found: &Value| ApiError::wrong_type("prompt", EXPECTED, found);
     let list = match found {
         Value::String(text) => return Ok(vec![PromptText::Text(text)]),
@@ -260,7 +263,8 @@ fn prompts(found: Value) -> Result<Vec<PromptText>, ApiError> {
         ApiError::invalid(message).param("prompt").code("empty_array")
     };
     let ids = |list: &[Value]| -> Result<PromptText, ApiError> {
-        let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(v));
+        let id =
+            |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(v));
         if list.is_empty() {
             return Err(empty());
         }

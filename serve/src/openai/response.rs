@@ -240,7 +240,8 @@ impl Reply {
     }
 
     fn usage(&self) -> Value {
-        let (prompt, new) = (self.prompt_tokens, self.choices.iter().map(|c| c.tokens).sum::<usize>());
+        let (prompt, new) =
+            (self.prompt_tokens, self.choices.iter().map(|c| c.tokens).sum::<usize>());
         json!({"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new})
     }
 }

@@ -48,10 +48,7 @@ pub async fn respond(app: &App, asked: Asked) -> Result<Response, ApiError> {
     let (stream, usage) = (asked.common.stream, asked.common.usage);
     let number = HeaderValue::from(asked.generation.number);
     let (mut reply, jobs, mut events) = prepare(app, asked)?;
-    app.engine.submit(jobs).map_err(|refused| match refused {
-        Refused::Full => ApiError::overloaded(),
-        Refused::Stopped => ApiError::stopping(),
-    })?;
+    app.engine.submit(jobs).map_err(refused)?;
     let mut response = if stream {
         Events::new(reply, events, usage).into_response()
     } else {
@@ -63,6 +60,14 @@ pub async fn respond(app: &App, asked: Asked) -> Result<Response, ApiError> {
     };
     response.headers_mut().insert(GENERATION, number);
     Ok(response)
+}
+
+/// Why the engine does not take a job, for a client.
+pub fn refused(refused: Refused) -> ApiError {
+    match refused {
+        Refused::Full => ApiError::overloaded(),
+        Refused::Stopped => ApiError::stopping(),
+    }
 }
 
 /// What happens to the answers of a request.

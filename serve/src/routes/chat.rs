@@ -15,10 +15,7 @@ use crate::openai::error::ApiError;
 use crate::openai::request::Chat;
 use crate::openai::response::Shape;
 
-pub async fn create(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let body = body::read(request, &app.options.limits).await?;
     let Chat { common, messages } = Chat::parse(&body)?;
     answer::expect_model(&app, &common)?;

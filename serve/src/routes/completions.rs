@@ -16,10 +16,7 @@ use crate::openai::response::Shape;
 /// Tokens of an answer where the client does not say how many: OpenAI's number.
 const USUAL: usize = 16;
 
-pub async fn create(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let body = body::read(request, &app.options.limits).await?;
     let asked = Completion::parse(&body)?;
     answer::expect_model(&app, &asked.common)?;

@@ -1,11 +1,13 @@
 //! The list of routes, and what happens around all of them.
 
+mod admin;
 mod answer;
 mod chat;
 mod completions;
 mod health;
 mod metrics;
 mod models;
+mod page;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -34,8 +36,18 @@ pub fn all(app: Arc<App>) -> Router {
         .route("/v1/models/{name}", get(models::one))
         .route("/metrics", get(metrics::show))
         .route_layer(from_fn_with_state(app.clone(), api_key));
+    let admin = Router::new()
+        .route("/admin/status", get(admin::status))
+        .route("/admin/generations", get(admin::generations))
+        .route("/admin/refresh", post(admin::refresh))
+        .route("/admin/route", post(admin::route))
+        .route_layer(from_fn_with_state(app.clone(), admin::token));
+    // Where there is no token, there are no admin routes.
+    let admin = if app.options.admin_token.is_some() { admin } else { Router::new() };
     Router::new()
         .merge(open)
+        .merge(admin)
+        .route("/", get(page::show))
         .route("/health", get(health::show))
         .method_not_allowed_fallback(not_allowed)
         .fallback(not_found)
@@ -60,14 +72,8 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
 
 /// A route as it is listed above: clients must not make up label values.
 fn route_of(request: &Request) -> &'static str {
-    const ROUTES: [&str; 6] = [
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/models",
-        "/metrics",
-        "/health",
-        "/",
-    ];
+    const ROUTES: [&str; 6] =
+        ["/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/health", "/"];
     let path = request.uri().path();
     ROUTES.into_iter().find(|route| *route == path).unwrap_or_else(|| {
         if path.starts_with("/v1/models/") {
