@@ -485,7 +485,8 @@ impl Layer {
         let (Some(placed), Some(router)) = (&moe.placed, moe.router.placed()) else {
             return Ok(None);
         };
-        if !placed.can_route(&moe.spec.router) {
+        let rule = &moe.spec.router;
+        if !placed.can_route(rule) || moe.router.exec.batching != Batching::Fastest {
             return Ok(None);
         }
         let values = to_vec(x)?;

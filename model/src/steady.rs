@@ -88,18 +88,22 @@ mod tests {
 
     use super::*;
     use crate::model::Visited;
+    use crate::placement::Placement;
 
     const FAMILIES: &[&str] =
         &["mixtral_fused", "deepseek_v2_yarn", "granitemoeshared", "ernie4_5_moe"];
 
-    fn open(name: &str, exec: Exec) -> Steady {
+    fn source(name: &str) -> Source {
         let folder = moe_merge_testkit::repository("model/tests/data").join(name);
-        let source = Source::open(&folder.display().to_string().parse().unwrap(), Path::new("."));
-        Steady::new(&Model::open_with(&source.unwrap(), exec).unwrap())
+        Source::open(&folder.display().to_string().parse().unwrap(), Path::new(".")).unwrap()
+    }
+
+    fn open(name: &str, exec: Exec) -> Steady {
+        Steady::new(&Model::open_with(&source(name), exec).unwrap())
     }
 
     fn text(seed: u32, tokens: u32) -> Vec<u32> {
-        (0..tokens).map(|i| (i * 7 + seed * 13 + 3) % 60).collect()
+        (0..tokens).map(|i| (i * 7 + seed * 13 + 3) % 30).collect()
     }
 
     /// Logits after the prompt, taken in pieces of `piece` tokens, and after each of `next`.
@@ -116,38 +120,52 @@ mod tests {
         all
     }
 
-    #[test]
-    fn neither_pieces_nor_neighbours_change_a_bit() {
-        for (name, exec) in FAMILIES.iter().flat_map(|f| [(f, Exec::default()), (f, Exec::fast())])
-        {
-            let model = open(name, exec);
-            // Of lengths around the block sizes of the kernels.
-            let prompts: Vec<Vec<u32>> =
-                [1, 2, 3, 4, 5, 33, 100].iter().map(|&n| text(n, n)).collect();
-            let next: Vec<Vec<u32>> = (0..7).map(|i| text(50 + i, 6)).collect();
-            let wanted: Vec<Vec<Vec<f32>>> =
-                prompts.iter().zip(&next).map(|(p, n)| alone(&model, p, 1000, n)).collect();
-            for piece in [1, 7, 32] {
-                for (i, prompt) in prompts.iter().enumerate() {
-                    let found = alone(&model, prompt, piece, &[]);
-                    assert_eq!(found[0], wanted[i][0], "{name} {exec:?}: {i} in pieces of {piece}");
-                }
-            }
-            let mut caches: Vec<Cache> = Vec::new();
-            for prompt in &prompts {
-                let mut cache = Cache::new(model.model(), prompt.len() + 6);
-                model.prompt(prompt, &mut cache, LogitRows::Skip, None).unwrap();
-                caches.push(cache);
-            }
-            for step in 0..6 {
-                let tokens: Vec<u32> = next.iter().map(|n| n[step]).collect();
-                let mut lanes: Vec<&mut Cache> = caches.iter_mut().collect();
-                let logits = model.next(&tokens, &mut lanes, None).unwrap();
-                for (i, row) in logits.chunks_exact(model.spec().vocab).enumerate() {
-                    assert_eq!(row, wanted[i][step + 1], "{name} {exec:?}: {i}, token {step}");
-                }
+    /// Prompts of lengths around the block sizes of the kernels, in pieces and with others beside them.
+    fn stays_the_same(model: &Steady, what: &str, lengths: &[u32]) {
+        let prompts: Vec<Vec<u32>> = lengths.iter().map(|&n| text(n, n)).collect();
+        let next: Vec<Vec<u32>> = (0..lengths.len() as u32).map(|i| text(50 + i, 6)).collect();
+        let wanted: Vec<Vec<Vec<f32>>> =
+            prompts.iter().zip(&next).map(|(p, n)| alone(model, p, 1000, n)).collect();
+        for piece in [1, 7, 32] {
+            for (prompt, wanted) in prompts.iter().zip(&wanted) {
+                let found = alone(model, prompt, piece, &[]);
+                assert_eq!(found[0], wanted[0], "{what}: {} in {piece}", prompt.len());
             }
         }
+        let mut caches: Vec<Cache> = Vec::new();
+        for prompt in &prompts {
+            let mut cache = Cache::new(model.model(), prompt.len() + 6);
+            model.prompt(prompt, &mut cache, LogitRows::Skip, None).unwrap();
+            caches.push(cache);
+        }
+        for step in 0..6 {
+            let tokens: Vec<u32> = next.iter().map(|n| n[step]).collect();
+            let mut lanes: Vec<&mut Cache> = caches.iter_mut().collect();
+            let logits = model.next(&tokens, &mut lanes, None).unwrap();
+            for (i, row) in logits.chunks_exact(model.spec().vocab).enumerate() {
+                assert_eq!(row, wanted[i][step + 1], "{what}: {i}, token {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn neither_pieces_nor_neighbours_change_a_bit() {
+        for name in FAMILIES {
+            for exec in [Exec::default(), Exec::fast()] {
+                let model = open(name, exec);
+                stays_the_same(&model, &format!("{name} {exec:?}"), &[1, 2, 3, 4, 5, 33, 100]);
+            }
+        }
+    }
+
+    #[test]
+    fn nor_do_they_on_a_device() {
+        let Some(device) = moe_merge_kernels::cuda::emulated(false) else { return };
+        let placement = Placement::on(device, 0);
+        let source = source("mixtral_fused");
+        let model = Model::open_on(&source, Exec::default(), &placement).unwrap();
+        // The kernels for few tokens take eight, those of experts four.
+        stays_the_same(&Steady::new(&model), "on a device", &[1, 2, 3, 5, 9, 17, 4, 8, 6, 7]);
     }
 
     #[test]

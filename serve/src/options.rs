@@ -44,7 +44,7 @@ pub struct Limits {
     pub sequences: usize,
     /// Bytes of keys and values at a time; one sequence always has room.
     pub cache_bytes: usize,
-    /// Answers that wait for their turn.
+    /// Answers that wait for their turn, beside those that are written.
     pub waiting: usize,
     /// Connections.
     pub connections: usize,

@@ -18,7 +18,8 @@ fn the_official_python_client_works() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{errors}");
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let body = json!({"model": "tiny-moe", "prompt": "The river", "max_tokens": 20, "temperature": 0});
+    let body =
+        json!({"model": "tiny-moe", "prompt": "The river", "max_tokens": 20, "temperature": 0});
     let ours = post(host.address, "/v1/completions", &body).json();
     assert_eq!(found["text"], ours["choices"][0]["text"]);
 }

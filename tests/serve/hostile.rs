@@ -194,7 +194,7 @@ fn more_than_the_queue_holds_is_refused() {
     let limits = Limits { sequences: 1, waiting: 2, ..Limits::default() };
     let host = Host::of(host::model(), limited(limits));
     let mut many = body(400);
-    many["n"] = json!(3);
+    many["n"] = json!(4);
     let found = post(host.address, "/v1/completions", &many);
     assert_eq!((found.status, found.header("retry-after")), (503, Some("1")));
     assert_eq!(found.json()["error"]["code"], "overloaded");

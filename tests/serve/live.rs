@@ -77,7 +77,7 @@ fn body(stream: bool, new: usize) -> Value {
 
 fn text(host: &Host) -> (String, Value) {
     let response = post(host.address, "/v1/completions", &body(false, 60));
-    let generation = response.header("x-moe-merge-generation").unwrap().parse().unwrap();
+    let generation: u32 = response.header("x-moe-merge-generation").unwrap().parse().unwrap();
     let found = response.json();
     assert!(
         found["system_fingerprint"].as_str().unwrap().starts_with(&format!("fp_g{generation}_"))

@@ -165,7 +165,10 @@ impl CustomOp2 for Experts {
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
         if let Some(placed) = &self.placed {
-            placed.forward(x, &self.routing, self.activation, &mut out).map_err(failed)?;
+            let batching = self.exec().batching;
+            placed
+                .forward_as(x, &self.routing, self.activation, &mut out, batching)
+                .map_err(failed)?;
             return Ok((CpuStorage::F32(out), x_layout.shape().clone()));
         }
         let (views, exec) = (self.views()?, self.exec());

@@ -34,6 +34,17 @@ pub struct Lane {
     last: Instant,
 }
 
+/// What a reader wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// More tokens.
+    More,
+    /// No more: a stop text was found.
+    Enough,
+    /// Nothing: it is gone.
+    Nothing,
+}
+
 /// Where the tokens of a sequence went, if somebody asked.
 #[derive(Debug, Clone)]
 pub struct Trail(Option<Vec<LayerVisits>>);
@@ -60,16 +71,14 @@ impl Trail {
 }
 
 impl Job {
-    /// Tells the reader of answer `number`; whether anybody listens shows in [`Job::is_wanted`].
+    /// Tells the reader of answer `number`; whether anybody listens shows in [`Job::wanted`].
     pub fn tell(&self, number: usize, event: Event) {
         let _ = self.out.send((number, event));
     }
 
-    /// Whether anybody waits for any of its answers.
-    pub fn is_wanted(&self) -> bool {
-        let (first, count) = self.choices;
-        !self.out.is_closed()
-            && self.enough[first..first + count].iter().any(|enough| !enough.load(Relaxed))
+    /// What the reader of its answers wants.
+    pub fn wanted(&self) -> Wanted {
+        if self.out.is_closed() { Wanted::Nothing } else { Wanted::More }
     }
 
     /// Ends all its answers.
@@ -107,9 +116,12 @@ impl Prompt {
 }
 
 impl Lane {
-    /// Whether somebody waits for it.
-    pub fn is_wanted(&self) -> bool {
-        !self.job.out.is_closed() && !self.job.enough[self.number].load(Relaxed)
+    /// What its reader wants.
+    pub fn wanted(&self) -> Wanted {
+        match self.job.enough[self.number].load(Relaxed) {
+            true => Wanted::Enough,
+            false => self.job.wanted(),
+        }
     }
 
     /// Tells that it cannot be completed.

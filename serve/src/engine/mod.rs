@@ -4,7 +4,7 @@ mod choose;
 mod lane;
 mod runner;
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -43,6 +43,21 @@ pub struct Job {
     /// When the request came, and when it has to be answered.
     pub began: Instant,
     pub deadline: Instant,
+    /// Its places among the answers that the engine takes.
+    pub places: Places,
+}
+
+/// Places among the answers that the engine takes; given back when dropped.
+#[derive(Debug, Default)]
+pub struct Places {
+    count: usize,
+    taken: Arc<AtomicUsize>,
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.count, Relaxed);
+    }
 }
 
 /// Whether the experts that each token visits are told at the end.
@@ -113,7 +128,9 @@ pub struct Engine {
     jobs: Mutex<Option<Sender<Job>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     metrics: Arc<Metrics>,
-    waiting: usize,
+    /// Answers under way or waiting, and the most there may be.
+    taken: Arc<AtomicUsize>,
+    most: usize,
 }
 
 impl Engine {
@@ -130,7 +147,8 @@ impl Engine {
             jobs: Mutex::new(Some(sender)),
             thread: Mutex::new(Some(thread)),
             metrics,
-            waiting: limits.waiting,
+            taken: Arc::default(),
+            most: limits.sequences.saturating_add(limits.waiting),
         })
     }
 
@@ -143,11 +161,13 @@ impl Engine {
         let sender = guard.as_ref().ok_or(Refused::Stopped)?;
         let count: usize = jobs.iter().map(|job| job.choices.1).sum();
         // Under the lock nobody else adds to it.
-        if self.metrics.waiting.load(Relaxed) + count > self.waiting {
+        if self.taken.load(Relaxed) + count > self.most {
             return Err(Refused::Full);
         }
-        for job in jobs {
+        for mut job in jobs {
             let count = job.choices.1;
+            self.taken.fetch_add(count, Relaxed);
+            job.places = Places { count, taken: self.taken.clone() };
             self.metrics.waiting.fetch_add(count, Relaxed);
             if sender.send(job).is_err() {
                 self.metrics.waiting.fetch_sub(count, Relaxed);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use moe_merge_model::{Cache, LogitRows, Spec, Visited};
 
-use super::lane::{Lane, Prompt, Trail};
+use super::lane::{Lane, Prompt, Trail, Wanted};
 use super::{Failure, Job};
 use crate::live::Generation;
 use crate::metrics::Metrics;
@@ -83,26 +83,30 @@ impl Runner {
     /// Lets go of what nobody waits for any more, or what took too long.
     fn let_go(&mut self) {
         let (now, metrics) = (Instant::now(), self.metrics.clone());
-        let keep = |wanted: bool, job: &Job, late: &dyn Fn()| {
-            if !wanted {
+        let keep = |wanted: Wanted, job: &Job, late: &dyn Fn()| match wanted {
+            Wanted::Nothing => {
                 metrics.cancelled.fetch_add(1, Relaxed);
-                return false;
+                false
             }
-            if now >= job.deadline {
+            Wanted::Enough => {
+                metrics.answer.add(now.duration_since(job.began));
+                false
+            }
+            Wanted::More if now >= job.deadline => {
                 late();
-                return false;
+                false
             }
-            true
+            Wanted::More => true,
         };
         self.waiting.retain(|job| {
-            let kept = keep(job.is_wanted(), job, &|| job.fail(|| Failure::Late));
+            let kept = keep(job.wanted(), job, &|| job.fail(|| Failure::Late));
             if !kept {
                 metrics.waiting.fetch_sub(job.choices.1, Relaxed);
             }
             kept
         });
-        self.prompts.retain(|p| keep(p.job.is_wanted(), &p.job, &|| p.job.fail(|| Failure::Late)));
-        self.lanes.retain(|l| keep(l.is_wanted(), &l.job, &|| l.fail(Failure::Late)));
+        self.prompts.retain(|p| keep(p.job.wanted(), &p.job, &|| p.job.fail(|| Failure::Late)));
+        self.lanes.retain(|l| keep(l.wanted(), &l.job, &|| l.fail(Failure::Late)));
     }
 
     /// Takes waiting jobs as long as there is room for their sequences; first come, first served.

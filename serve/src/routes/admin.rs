@@ -16,7 +16,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use super::answer;
 use crate::app::App;
-use crate::engine::{Choosing, Event, Follow, Job, LayerVisits};
+use crate::engine::{Choosing, Event, Follow, Job, LayerVisits, Places};
 use crate::live::Generation;
 use crate::openai::body;
 use crate::openai::error::ApiError;
@@ -164,6 +164,7 @@ async fn follow(
             enough: [AtomicBool::new(false)].into(),
             began,
             deadline: began + app.options.limits.answer_time,
+            places: Places::default(),
         }])
         .map_err(answer::refused)?;
     let mut written = Vec::new();

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use super::GENERATION;
 use crate::app::{self, App};
-use crate::engine::{Follow, Job, Refused};
+use crate::engine::{Follow, Job, Places, Refused};
 use crate::live::Generation;
 use crate::openai::body;
 use crate::openai::error::ApiError;
@@ -106,6 +106,7 @@ fn prepare(app: &App, asked: Asked) -> Result<(Reply, Vec<Job>, Happenings), Api
             enough: enough.clone(),
             began,
             deadline,
+            places: Places::default(),
         });
     }
     let id = app.id(match shape {
