@@ -491,7 +491,7 @@ impl Layer {
         }
         let values = to_vec(x)?;
         let mut out = vec![0.0; values.len()];
-        let (rule, bias) = (&moe.spec.router, moe.bias.as_deref());
+        let bias = moe.bias.as_deref();
         let found = placed.block(&values, router, bias, rule, activation, &mut out);
         let Block { routing, logits } = found.map_err(|e| match e {
             CudaError::Kernel(source @ KernelError::NotFinite { .. }) => {

@@ -28,7 +28,7 @@ for chunk in client.chat.completions.create(messages=messages, stream=True, n=2,
 assert [pieces[0], pieces[1]] == [c.message.content for c in chat.choices]
 assert chat.choices[0].finish_reason == "length"
 with client.chat.completions.stream(messages=messages, model=model, max_completion_tokens=20, temperature=0) as events:
-    assert events.get_final_completion().choices[0].message.content == pieces[0]
+    assert "".join(e.delta for e in events if e.type == "content.delta") == pieces[0]
 
 raw = client.completions.with_raw_response.create(prompt="The river", **greedy)
 assert raw.headers["x-moe-merge-generation"] == "0" and raw.parse() is not None
