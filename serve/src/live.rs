@@ -1,12 +1,13 @@
 //! The generations of a model that are in memory: the live one, and those that requests still work with.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use moe_merge_checkpoint::generation::{self, Current};
 use moe_merge_checkpoint::manifest::{Manifest, hash_bytes};
-use moe_merge_checkpoint::{Source, SourceRef};
+use moe_merge_checkpoint::{CheckpointError, SideContent, Source, SourceRef};
 use moe_merge_model::{ChatTemplate, Model, ModelError, Steady, TextError, Tokenizer};
 
 use crate::error::ServeError;
@@ -35,7 +36,7 @@ pub struct Generation {
     /// Where its tokens went.
     pub routers: Routers,
     current: Current,
-    /// Hash of the side files that tokenizer and template were made from.
+    /// The side files that tokenizer and template were made from.
     side: String,
 }
 
@@ -63,7 +64,7 @@ impl Live {
         base_dir: &Path,
         opener: Opener,
     ) -> Result<Self, ServeError> {
-        let (source, current) = generation::open(reference, base_dir)?;
+        let (source, current) = generation::open(reference, base_dir, None)?;
         let first = Arc::new(Generation::of(&source, current, &opener, None)?);
         Ok(Self {
             reference: reference.clone(),
@@ -98,7 +99,8 @@ impl Live {
         if !generation::is_replaced(&self.path, &before.current) {
             return Ok(None);
         }
-        let (source, current) = generation::open(&self.reference, &self.base_dir)?;
+        let (source, current) =
+            generation::open(&self.reference, &self.base_dir, Some(&self.path))?;
         if current == before.current {
             return Ok(None);
         }
@@ -118,7 +120,7 @@ impl Generation {
         before: Option<&Generation>,
     ) -> Result<Self, ServeError> {
         let model = Steady::new(&opener(source)?);
-        let side = side_hash(source)?;
+        let side = side_files(source)?;
         let (tokenizer, template) = match before.filter(|b| b.side == side) {
             Some(before) => (before.tokenizer.clone(), before.template.clone()),
             None => {
@@ -152,11 +154,19 @@ fn fingerprint(current: &Current) -> String {
     format!("fp_g{}_{hash}", current.number)
 }
 
-/// A hash of what tokenizer and template are made from.
-fn side_hash(source: &Source) -> Result<String, ServeError> {
+/// What tells the files that tokenizer and template are made from from others.
+fn side_files(source: &Source) -> Result<String, ServeError> {
     let mut all = source.config.model_type().to_owned();
     for file in &source.side {
-        all += &format!("\0{}\0{}", file.name, hash_bytes(&file.read()?));
+        let content = match &file.content {
+            SideContent::File(path) => {
+                let meta = std::fs::metadata(path);
+                let meta = meta.map_err(|e| CheckpointError::io("reading", path, e))?;
+                format!("{} {} {:?}", meta.ino(), meta.len(), meta.modified().ok())
+            }
+            SideContent::Bytes(bytes) => hash_bytes(bytes),
+        };
+        all += &format!("\0{}\0{content}", file.name);
     }
-    Ok(hash_bytes(all.as_bytes()))
+    Ok(all)
 }

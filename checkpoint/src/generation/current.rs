@@ -59,10 +59,17 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Opens a model and says which generation it is. A change that a killed process left half done is finished or undone.
 ///
+/// * `found`: where the model was found before, if it was: it need not be opened twice then
+///
 /// # Errors
 /// As [`Source::open`] and [`current`]; [`CheckpointError::Busy`] if it is replaced again and again meanwhile.
-pub fn open(reference: &SourceRef, base_dir: &Path) -> Result<(Source, Current), CheckpointError> {
-    let (mut before, mut path) = (None, base_dir.to_owned());
+pub fn open(
+    reference: &SourceRef,
+    base_dir: &Path,
+    found: Option<&Path>,
+) -> Result<(Source, Current), CheckpointError> {
+    let mut before = found.map(current).transpose()?;
+    let mut path = base_dir.to_owned();
     for _ in 0..REPLACED {
         let source = Source::open(reference, base_dir)?;
         path.clone_from(&source.path);
@@ -97,7 +104,7 @@ mod tests {
             std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
         }
         let reference: SourceRef = folder.display().to_string().parse().unwrap();
-        let (source, first) = open(&reference, Path::new(".")).unwrap();
+        let (source, first) = open(&reference, Path::new("."), None).unwrap();
         assert_eq!((source.path.as_path(), first.number), (folder.as_path(), 0));
         assert!(!is_replaced(&folder, &first));
         assert_eq!(current(&folder).unwrap(), first);
@@ -106,7 +113,7 @@ mod tests {
         std::fs::write(folder.join("beside"), text).unwrap();
         std::fs::rename(folder.join("beside"), &config).unwrap();
         assert!(is_replaced(&folder, &first));
-        let (_, second) = open(&reference, Path::new(".")).unwrap();
+        let (_, second) = open(&reference, Path::new("."), Some(&folder)).unwrap();
         assert_ne!(second.hash, first.hash);
     }
 }
