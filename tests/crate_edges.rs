@@ -22,7 +22,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "moe-merge-router",
         ],
     ),
-    ("moe-merge-serve", &["moe-merge-checkpoint", "moe-merge-model"]),
+    ("moe-merge-serve", &["moe-merge-adapt", "moe-merge-checkpoint", "moe-merge-model"]),
     ("moe-merge-testkit", &[]),
     (
         "moe-merge",

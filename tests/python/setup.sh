@@ -15,6 +15,6 @@ for version in 5 4.57; do
     "$folder/bin/pip" install --quiet torch "transformers==$version.*" safetensors numpy jinja2
 done
 python3 -m venv "$root/openai"
-"$root/openai/bin/pip" install --quiet openai
+"$root/openai/bin/pip" install --quiet openai playwright
 python3 -m venv "$root/llama"
 "$root/llama/bin/pip" install --quiet llama-cpp-python numpy

@@ -191,6 +191,43 @@ fn admin_routes_tell_what_there_is() {
 }
 
 #[test]
+fn an_expert_is_swapped_and_comes_back_while_the_server_runs() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = host::copy(temp.path());
+    let host = Host::of(&folder, Options { watch: Watch::Off, ..options() });
+    let (before, _) = text(&host);
+    let prose = moe_merge_testkit::repository("recipes/quickstart/prose");
+    let asked = json!({"expert": "code", "with": prose, "name": "tales", "message": "a test"});
+    let found = admin_post(&host, "/admin/swap", &asked).json();
+    assert_eq!(
+        (&found["generation"], &found["report"]["expert"]),
+        (&json!(1), &json!(1)),
+        "{found}"
+    );
+    assert!(found["report"]["bytes_written"].as_u64() > found["report"]["expert_bytes"].as_u64());
+    let (swapped, generation) = text(&host);
+    assert_eq!(generation, 1);
+    assert_ne!(swapped, before);
+    assert_eq!(admin(&host, "/admin/status").json()["experts"], json!(["prose", "tales", "math"]));
+    let found = admin_post(&host, "/admin/rollback", &json!({"to": 0})).json();
+    assert_eq!((&found["generation"], &found["report"]["to"]), (&json!(2), &json!(0)));
+    assert_eq!(text(&host), (before, json!(2)));
+    for (path, asked) in [
+        ("swap", json!({"expert": "none", "with": prose})),
+        ("swap", json!({"expert": 0, "with": "no/such/model"})),
+        ("swap", json!({"expert": 0})),
+        ("swap", json!({"expert": 0, "with": prose, "layers": [1]})),
+        ("rollback", json!({"to": 99})),
+        ("rollback", json!({"to": -1})),
+    ] {
+        let found = admin_post(&host, &format!("/admin/{path}"), &asked);
+        assert_eq!(found.status, 400, "{asked}: {}", found.text());
+        assert!(found.json()["error"]["message"].as_str().unwrap().len() > 10);
+    }
+    assert_eq!(live(&host), 2);
+}
+
+#[test]
 fn the_way_of_a_prompt_is_what_its_routers_say() {
     let host = Host::of(host::model(), options());
     let asked = json!({"prompt": "fn main() {", "max_tokens": 4});

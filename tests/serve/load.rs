@@ -7,11 +7,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use moe_merge_adapt::SwapRequest;
 use serde_json::{Value, json};
 
 use crate::client::{connect, request};
 use crate::host::{self, Host};
-use crate::live::{live, options, replace, until};
+use crate::live::{admin_post, live, options, until};
 
 const PROMPTS: [&str; 6] = [
     "The river",
@@ -22,8 +23,23 @@ const PROMPTS: [&str; 6] = [
     "Petra rested by the crooked workshop, and nobody in the library",
 ];
 
-/// Routers of odd and of even generations.
-const SEEDS: [usize; 2] = [5, 3];
+/// What the third expert is in even and in odd generations.
+const EXPERTS: [&str; 2] = ["math", "prose"];
+
+/// Makes the next generation, by the server or beside it in turn, and waits until it is live.
+fn swap(host: &Host, folder: &Path, generation: u32) {
+    let source = moe_merge_testkit::repository("recipes/quickstart");
+    let source = source.join(EXPERTS[generation as usize % 2]).display().to_string();
+    if generation % 4 < 2 {
+        let asked = json!({"expert": 2, "with": source});
+        let found = admin_post(host, "/admin/swap", &asked);
+        assert_eq!(found.json()["generation"], generation, "{}", found.text());
+    } else {
+        let asked = SwapRequest::new(&folder.display().to_string(), "2", &source);
+        assert_eq!(moe_merge_adapt::swap(&asked).unwrap().generation, Some(generation));
+    }
+    until("the generation", || live(host) == generation);
+}
 
 const TOKENS: usize = 48;
 
@@ -76,7 +92,8 @@ fn load(folder: &Path, clients: usize, time: Duration, changes: u32) {
     for generation in [1, 2] {
         assert_eq!(replace(folder, SEEDS[generation % 2]), generation as u32);
         until("a generation", || live(&host) == generation);
-        expected[generation % 2] = PROMPTS.iter().map(|p| ask(&host, p).unwrap().1).collect();
+        expected[generation as usize % 2] =
+            PROMPTS.iter().map(|p| ask(&host, p).unwrap().1).collect();
     }
     assert!(expected[0] != expected[1], "the generations say different things");
     let (seen, stop) = (Mutex::new(Seen::default()), AtomicBool::new(false));
@@ -103,9 +120,7 @@ fn load(folder: &Path, clients: usize, time: Duration, changes: u32) {
         for change in 1..=changes {
             std::thread::sleep(pause);
             let began = Instant::now();
-            let generation = replace(folder, SEEDS[(2 + change as usize) % 2]);
-            assert_eq!(generation, 2 + change);
-            until("the change", || live(&host) == generation);
+            swap(&host, folder, 2 + change);
             switches.push((began, Instant::now()));
         }
         std::thread::sleep(pause);

@@ -7,7 +7,6 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use moe_merge_adapt::{AdaptError, Convert, SwapRequest};
-use moe_merge_checkpoint::{CheckpointError, Explain};
 use serde_json::{Value, json};
 
 use super::admin::{explained, go_live};
@@ -47,10 +46,7 @@ pub async fn swap(State(app): State<Arc<App>>, request: Request) -> Result<Respo
 }
 
 /// Back to an earlier generation: `{"to", "message"}`, both may be missing.
-pub async fn rollback(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub async fn rollback(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let bytes = body::read(request, &app.options.limits).await?;
     let mut fields = Fields::parse(&bytes)?;
     let to = fields.integer("to", 0, u32::MAX.into())?.map(|to| to as u32);
@@ -84,12 +80,8 @@ fn changed(app: &App, report: &impl serde::Serialize) -> Result<Value, ApiError>
 
 /// What a change met. Whoever changes the model at the same time may be done soon.
 fn refused(error: &AdaptError) -> ApiError {
-    let busy = matches!(
-        error,
-        AdaptError::Checkpoint(CheckpointError::Busy { .. } | CheckpointError::Outdated { .. })
-    );
-    match busy {
-        true => explained(error as &dyn Explain).status(StatusCode::CONFLICT).code("busy"),
-        false => explained(error as &dyn Explain),
+    match error.is_busy() {
+        true => explained(error).status(StatusCode::CONFLICT).code("busy"),
+        false => explained(error),
     }
 }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod answer;
+mod change;
 mod chat;
 mod completions;
 mod health;
@@ -41,6 +42,8 @@ pub fn all(app: Arc<App>) -> Router {
         .route("/admin/generations", get(admin::generations))
         .route("/admin/refresh", post(admin::refresh))
         .route("/admin/route", post(admin::route))
+        .route("/admin/swap", post(change::swap))
+        .route("/admin/rollback", post(change::rollback))
         .route_layer(from_fn_with_state(app.clone(), admin::token));
     // Where there is no token, there are no admin routes.
     let admin = if app.options.admin_token.is_some() { admin } else { Router::new() };
