@@ -9,3 +9,4 @@ mod hostile;
 mod live;
 mod load;
 mod openai;
+mod program;
