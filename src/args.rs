@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -142,6 +143,8 @@ pub enum Command {
     Diff(DiffArgs),
     /// Go back to an earlier generation: a new one with its files, nothing is lost
     Rollback(RollbackArgs),
+    /// Answer OpenAI's clients over HTTP, with the generation that is live when they ask
+    Serve(ServeArgs),
     /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
     Export(ExportArgs),
     /// Print a completion script for a shell
@@ -183,6 +186,59 @@ pub enum RouterPrecision {
     F32,
     /// Rounded where transformers rounds when it runs the model in bf16: a token between two experts goes the same way
     LikeHf,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Model: folder, GGUF file or Hub name, with `+ADAPTER` if wanted
+    pub path: String,
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    pub host: IpAddr,
+    /// Port to listen on; 0 for any that is free
+    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// What clients call the model (the last part of its path by default)
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Key that clients have to send, as `Authorization: Bearer KEY`
+    #[arg(long, value_name = "KEY", env = "MOE_MERGE_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Token for the admin routes (by default one is made up and shown on loopback, and there are no admin routes
+    /// elsewhere)
+    #[arg(long, value_name = "TOKEN", env = "MOE_MERGE_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// No admin routes, not on loopback either
+    #[arg(long, conflicts_with = "token")]
+    pub no_admin: bool,
+    /// Serve the generation of now only, whatever comes to be on disk
+    #[arg(long)]
+    pub no_watch: bool,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub max_new_tokens: usize,
+    /// Most tokens of a prompt (the context of the model by default)
+    #[arg(long, value_name = "N")]
+    pub max_prompt_tokens: Option<usize>,
+    /// Answers that are written at the same time
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: u16,
+    /// Answers that may wait for their turn; more are refused with status 503
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub queue: usize,
+    /// Memory for keys and values of answers under way, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    pub cache: usize,
+    /// Seconds that an answer may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u64,
+    /// How activations enter products with 16-bit weights
+    #[arg(long, value_enum, default_value_t = Accuracy::Fast)]
+    pub accuracy: Accuracy,
+    /// Experts that each token visits (by default as many as the model's configuration says)
+    #[arg(long, value_name = "N")]
+    pub experts_per_token: Option<usize>,
 }
 
 /// How the matrices of a GGUF file are stored.

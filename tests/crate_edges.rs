@@ -22,6 +22,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "moe-merge-router",
         ],
     ),
+    ("moe-merge-serve", &["moe-merge-adapt", "moe-merge-checkpoint", "moe-merge-model"]),
     ("moe-merge-testkit", &[]),
     (
         "moe-merge",
@@ -32,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "moe-merge-merge",
             "moe-merge-model",
             "moe-merge-router",
+            "moe-merge-serve",
         ],
     ),
 ];

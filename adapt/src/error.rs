@@ -148,6 +148,14 @@ pub enum AdaptError {
     },
 }
 
+impl AdaptError {
+    /// Whether somebody else changes the model at the same time: it may work later.
+    pub fn is_busy(&self) -> bool {
+        use CheckpointError::{Busy, Outdated};
+        matches!(self, Self::Merge(MergeError::Checkpoint(Busy { .. } | Outdated { .. })))
+    }
+}
+
 impl From<CheckpointError> for AdaptError {
     fn from(error: CheckpointError) -> Self {
         Self::Merge(error.into())

@@ -261,7 +261,7 @@ fn no_weights(folder: &Path, names: &[String]) -> CheckpointError {
 }
 
 /// What tells one state of a folder from another: a new index is a new file.
-type Stamp = Vec<Option<(u64, u64, Option<std::time::SystemTime>)>>;
+pub(crate) type Stamp = Vec<Option<(u64, u64, Option<std::time::SystemTime>)>>;
 
 /// The files that a change of the model replaces.
 pub(crate) fn stamp(folder: &Path) -> Stamp {

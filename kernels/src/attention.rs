@@ -6,7 +6,7 @@ pub(crate) mod prefill;
 
 use crate::Dtype;
 use crate::error::KernelError;
-use crate::exec::Exec;
+use crate::exec::{Batching, Exec};
 
 /// Up to this many queries go over the cache together.
 const FEW: usize = 3;
@@ -65,7 +65,7 @@ pub struct KeyValues<'a, T = f32> {
 /// `j` at or before the position of `t` and inside the window.
 ///
 /// * `q`: `[tokens, heads * qk_dim]`; `out`: `[tokens, heads * v_dim]`; f32 sums
-/// * the same bits for any number of threads; with `exec.batch_invariant` also for any number of queries
+/// * the same bits for any number of threads; unless it is [`Batching::Fastest`] also for any number of queries
 ///
 /// # Errors
 /// [`KernelError::Length`] if a slice does not fit the sizes.
@@ -82,10 +82,18 @@ pub fn attention<T: KeptNumber>(
     if tokens == 0 {
         return Ok(());
     }
-    if tokens <= FEW && !exec.batch_invariant {
-        decode::decode(q, &[kv], tokens, spec, out, exec.isa);
-    } else {
-        prefill::prefill(q, kv, spec, tokens, exec, out);
+    match exec.batching {
+        Batching::Fastest if tokens <= FEW => {
+            decode::decode(q, &[kv], tokens, spec, out, exec.isa);
+        }
+        Batching::Alone => {
+            let width = spec.heads * spec.v_dim;
+            for (token, q) in q.chunks_exact(heads * qk_dim).enumerate() {
+                let kv = [KeyValues { count: kv.count - tokens + token + 1, ..kv }];
+                decode::decode(q, &kv, 1, spec, &mut out[token * width..][..width], exec.isa);
+            }
+        }
+        _ => prefill::prefill(q, kv, spec, tokens, exec, out),
     }
     Ok(())
 }
@@ -105,7 +113,7 @@ pub fn attention_lanes<T: KeptNumber>(
     exec: &Exec,
 ) -> Result<(), KernelError> {
     check(q, sequences, 1, spec, out)?;
-    if !exec.batch_invariant && !sequences.is_empty() {
+    if exec.batching != Batching::Together && !sequences.is_empty() {
         decode::decode(q, sequences, 1, spec, out, exec.isa);
         return Ok(());
     }
@@ -272,16 +280,18 @@ mod tests {
                 window,
             };
             let (q, k, v) = (numbers(230 * 10, 1), numbers(230 * 5, 2), numbers(230 * 7, 3));
-            let exec = Exec { batch_invariant: true, ..Exec::default() };
-            let run = |from: usize, to: usize| {
-                let kv = flat(&k[..to * 5], &v[..to * 7], &s);
-                let mut out = vec![0.0; (to - from) * 14];
-                attention(&q[from * 10..to * 10], kv, &s, &mut out, &exec).unwrap();
-                out
-            };
-            let all = run(0, 230);
-            for (from, to) in [(0, 1), (100, 101), (64, 96), (57, 230)] {
-                assert_eq!(run(from, to), all[from * 14..to * 14], "{from} {to}");
+            for batching in [Batching::Together, Batching::Alone] {
+                let exec = Exec { batching, ..Exec::default() };
+                let run = |from: usize, to: usize| {
+                    let kv = flat(&k[..to * 5], &v[..to * 7], &s);
+                    let mut out = vec![0.0; (to - from) * 14];
+                    attention(&q[from * 10..to * 10], kv, &s, &mut out, &exec).unwrap();
+                    out
+                };
+                let all = run(0, 230);
+                for (from, to) in [(0, 1), (100, 101), (64, 96), (57, 230)] {
+                    assert_eq!(run(from, to), all[from * 14..to * 14], "{batching:?} {from} {to}");
+                }
             }
         }
     }

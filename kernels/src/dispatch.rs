@@ -8,7 +8,7 @@ use crate::exec::Exec;
 use crate::linear::ALONE_BELOW;
 use crate::panel::{Form, GateUpBlock, LinearBlock, Output, Panels, ROWS};
 use crate::routing::Routing;
-use crate::rows::{self, FEW};
+use crate::rows;
 use crate::scratch::Scratch;
 use crate::tasks;
 use crate::vector::{self, Job, Vector};
@@ -109,7 +109,7 @@ pub fn moe_forward(
     for expert in experts {
         expert.check(hidden)?;
     }
-    if (1..=FEW).contains(&tokens) && !exec.batch_invariant {
+    if tokens > 0 && rows::takes(tokens, exec) {
         return rows::moe_few(x, routing, experts, activation, out, exec);
     }
     let groups = group(routing, experts.len())?;
@@ -258,7 +258,7 @@ impl Job for Combine<'_> {
 mod tests {
     use super::*;
     use crate::routing::{RouterSpec, route};
-    use crate::{Accuracy, Dtype, Isa, cast, linear};
+    use crate::{Accuracy, Batching, Dtype, Isa, cast, linear};
     use proptest::prelude::*;
 
     #[test]
@@ -373,7 +373,7 @@ mod tests {
             let wanted = dense_loop(&x, &routing, &experts, hidden);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
                 for (accuracy, near) in [(Accuracy::Exact, 1e-4), (Accuracy::Fast, 2e-2)] {
-                    let exec = Exec { isa, accuracy, batch_invariant: false };
+                    let exec = Exec { isa, accuracy, batching: Batching::Fastest };
                     let mut out = vec![f32::NAN; x.len()];
                     moe_forward(&x, &routing, &experts, Activation::Silu, &mut out, &exec).unwrap();
                     for (o, e) in out.iter().zip(&wanted) {

@@ -110,6 +110,19 @@ pub enum Accuracy {
     Fast,
 }
 
+/// Which kernels the tokens of a pass go through. Each kind rounds in its own way, so the last bits of a token depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Batching {
+    /// The fastest for their number: the bits of a token may depend on how many stand beside it.
+    #[default]
+    Fastest,
+    /// The kernels of many tokens, for any number: the bits of a token do not depend on what stands beside it.
+    Together,
+    /// The kernels of one token, each weight still read once for all: every token has the bits that it has alone with
+    /// [`Batching::Fastest`].
+    Alone,
+}
+
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exec {
@@ -117,8 +130,8 @@ pub struct Exec {
     pub isa: Isa,
     /// How activations enter products with 16-bit weights.
     pub accuracy: Accuracy,
-    /// One kernel for any number of tokens, so that a token's bits do not depend on what stands beside it.
-    pub batch_invariant: bool,
+    /// Which kernels the tokens of a pass go through.
+    pub batching: Batching,
 }
 
 impl Default for Exec {
@@ -127,7 +140,7 @@ impl Default for Exec {
         Self {
             isa: Isa::from_environment().unwrap_or_else(|_| Isa::best()),
             accuracy: Accuracy::Exact,
-            batch_invariant: false,
+            batching: Batching::Fastest,
         }
     }
 }

@@ -53,7 +53,7 @@ pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};
 pub use dispatch_backward::moe_backward;
 pub use error::KernelError;
-pub use exec::{Accuracy, Exec, ISA_VARIABLE, Isa};
+pub use exec::{Accuracy, Batching, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
 pub use linear_backward::linear_backward;
 pub use lora::{

@@ -3,7 +3,7 @@
 use crate::error::KernelError;
 use crate::exec::Exec;
 use crate::panel::{self, Form, LinearBlock, Output, ROWS};
-use crate::rows::{self, FEW};
+use crate::rows;
 use crate::tasks;
 use crate::view::MatView;
 
@@ -35,7 +35,7 @@ pub fn linear(
     if out.is_empty() {
         return Ok(());
     }
-    if tokens <= FEW && !exec.batch_invariant {
+    if rows::takes(tokens, exec) {
         return rows::linear_few(x, w, bias, out, exec);
     }
     let panels = panel::of_rows(x, tokens, cols, Form::of(w.dtype(), exec), exec);
@@ -60,7 +60,7 @@ pub fn linear(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Accuracy, Dtype, Isa};
+    use crate::{Accuracy, Batching, Dtype, Isa};
 
     fn weight(rows: usize, cols: usize, dtype: Dtype) -> (Vec<f32>, Vec<u8>) {
         let values: Vec<f32> =
@@ -75,7 +75,7 @@ mod tests {
         let sets = Isa::ALL.into_iter().filter(|isa| isa.available());
         sets.flat_map(|isa| {
             [(Accuracy::Exact, 1e-5), (Accuracy::Fast, 1e-2)]
-                .map(|(accuracy, near)| (Exec { isa, accuracy, batch_invariant: false }, near))
+                .map(|(accuracy, near)| (Exec { isa, accuracy, batching: Batching::Fastest }, near))
         })
         .collect()
     }
@@ -124,13 +124,21 @@ mod tests {
         let view = MatView::new(&bytes[1..], Dtype::BF16, 70, 90).unwrap();
         let x: Vec<f32> = (0..60 * 90).map(|i| (i as f32 * 0.7).sin()).collect();
         for (exec, _) in ways() {
-            let exec = Exec { batch_invariant: true, ..exec };
-            let mut all = vec![0.0; 60 * 70];
-            linear(&x, view, None, &mut all, &exec).unwrap();
-            for tokens in [1, 3, 20] {
-                let mut some = vec![0.0; tokens * 70];
-                linear(&x[..tokens * 90], view, None, &mut some, &exec).unwrap();
-                assert_eq!(some, all[..tokens * 70], "{exec:?} {tokens}");
+            for batching in [Batching::Together, Batching::Alone] {
+                let exec = Exec { batching, ..exec };
+                let mut all = vec![0.0; 60 * 70];
+                linear(&x, view, None, &mut all, &exec).unwrap();
+                for tokens in [1, 2, 3, 20] {
+                    let mut some = vec![0.0; tokens * 70];
+                    linear(&x[..tokens * 90], view, None, &mut some, &exec).unwrap();
+                    assert_eq!(some, all[..tokens * 70], "{exec:?} {tokens}");
+                }
+                if batching == Batching::Alone {
+                    let mut one = vec![0.0; 70];
+                    let exec = Exec { batching: Batching::Fastest, ..exec };
+                    linear(&x[59 * 90..], view, None, &mut one, &exec).unwrap();
+                    assert_eq!(one, all[59 * 70..], "{exec:?}");
+                }
             }
         }
     }

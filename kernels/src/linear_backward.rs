@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::cast;
 use crate::dense::Into;
 use crate::error::KernelError;
-use crate::exec::{Exec, Isa};
+use crate::exec::{Batching, Exec, Isa};
 use crate::product::{Left, padded, product};
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
@@ -32,7 +32,7 @@ const ALONE_BELOW: usize = 1 << 20;
 ///
 /// * `dy`: `[tokens, w.rows()]`; `dx`: `[tokens, w.cols()]`, overwritten or added to
 /// * f32 activations and sums, whatever the accuracy of `exec`; the weight is read as stored and widened block by block
-/// * the same bits for any number of threads; with `exec.batch_invariant` also for any number of tokens
+/// * the same bits for any number of threads; with [`Batching::Together`] also for any number of tokens
 ///
 /// # Errors
 /// [`KernelError::Length`] if the slices do not fit the weight.
@@ -51,7 +51,7 @@ pub fn linear_backward(
         return Ok(());
     }
     let shared = tokens * m * k >= ALONE_BELOW;
-    if tokens < BLOCKS_FROM && !exec.batch_invariant {
+    if tokens < BLOCKS_FROM && exec.batching != Batching::Together {
         stream(dy, tokens, w, exec, shared, dx, into);
         return Ok(());
     }
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn threads_do_not_change_a_bit() {
         let (w, dy) = (numbers(500 * 300, 3), numbers(600 * 500, 4));
-        let invariant = Exec { batch_invariant: true, ..Exec::default() };
+        let invariant = Exec { batching: Batching::Together, ..Exec::default() };
         let mut bytes = vec![0; w.len() * 2];
         cast::narrow(&w, Dtype::BF16, &mut bytes);
         let view = MatView::new(&bytes, Dtype::BF16, 500, 300).unwrap();

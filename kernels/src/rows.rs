@@ -5,7 +5,7 @@ mod moe;
 
 use crate::cast::Dtype;
 use crate::error::KernelError;
-use crate::exec::{Exec, Isa};
+use crate::exec::{Batching, Exec, Isa};
 use crate::scratch::Scratch;
 use crate::tasks::{self, Parts};
 use crate::vector::{self, Job, Vector};
@@ -16,6 +16,30 @@ pub(crate) use moe::moe_few;
 /// The most tokens that these products take. One layer of experts takes 0.6 ms for one, 0.7, 1.0, 1.2 for four and 1.7 for
 /// six (a busy machine, bf16, hidden 576, inner 1536, two experts).
 pub(crate) const FEW: usize = 4;
+
+/// Whether so many tokens go through these products.
+pub(crate) fn takes(tokens: usize, exec: &Exec) -> bool {
+    match exec.batching {
+        Batching::Fastest => tokens <= FEW,
+        Batching::Together => false,
+        Batching::Alone => true,
+    }
+}
+
+/// How vectors that meet the same weights are summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sums {
+    /// Two vectors at a time, where there are two: the order of a sum depends on that.
+    Pairs,
+    /// Each vector as if it were the only one.
+    Single,
+}
+
+impl Sums {
+    fn of(exec: &Exec) -> Self {
+        if exec.batching == Batching::Alone { Self::Single } else { Self::Pairs }
+    }
+}
 
 /// Bytes of weights of one task: a few microseconds from memory.
 const TASK: usize = 128 << 10;
@@ -69,6 +93,7 @@ pub(crate) struct Prepared {
     cols: usize,
     form: Form,
     isa: Isa,
+    sums: Sums,
 }
 
 impl Prepared {
@@ -85,7 +110,7 @@ impl Prepared {
         for (to, from) in data.chunks_exact_mut(stride.max(1)).zip(x.chunks_exact(cols.max(1))) {
             form.put(isa, from, to);
         }
-        Self { data, stride, cols, form, isa }
+        Self { data, stride, cols, form, isa, sums: Sums::of(exec) }
     }
 
     fn vector(&self, index: usize) -> &[f32] {
@@ -130,18 +155,25 @@ pub(crate) fn multiply(w: MatView<'_>, x: &Prepared, which: &[usize], sums: &mut
     assert!(x.form == Form::of(w.dtype()) && x.cols == w.cols(), "activations of another matrix");
     let mut vectors: [&[f32]; FEW] = [&[]; FEW];
     vectors.iter_mut().zip(which).for_each(|(v, i)| *v = x.vector(*i));
-    multiply_vectors(w, vectors, which.len(), sums, x.isa);
+    multiply_vectors(w, vectors, which.len(), sums, (x.isa, x.sums));
 }
 
 /// [`multiply`] with the first `count` of `x`, which are in the form of the dtype.
-fn multiply_vectors(w: MatView<'_>, x: [&[f32]; FEW], count: usize, sums: &mut [f32], isa: Isa) {
+fn multiply_vectors(
+    w: MatView<'_>,
+    x: [&[f32]; FEW],
+    count: usize,
+    sums: &mut [f32],
+    (isa, how): (Isa, Sums),
+) {
     let (bytes, dtype, cols) = (w.bytes(), w.dtype(), w.cols());
-    vector::run(isa, Rows { bytes, dtype, cols, x, tokens: count, ahead: Ahead::here(), sums });
+    let (tokens, ahead) = (count, Ahead::here());
+    vector::run(isa, Rows { bytes, dtype, cols, x, tokens, ahead, sums, how });
 }
 
 /// Linear layer for few tokens: `out[t, r] = sum_c x[t, c] * w[r, c] + bias[r]`.
 ///
-/// * `x`: `[tokens, w.cols()]`, 1 to [`FEW`] tokens; `bias`: `[w.rows()]`; `out`: `[tokens, w.rows()]`
+/// * `x`: `[tokens, w.cols()]`, tokens as [`takes`] says; `bias`: `[w.rows()]`; `out`: `[tokens, w.rows()]`
 /// * the same bits for any number of threads
 ///
 /// # Errors
@@ -159,7 +191,7 @@ pub(crate) fn linear_few(
     }
     let tokens = out.len() / rows;
     KernelError::check("linear output", tokens * rows, out.len())?;
-    KernelError::check("tokens of one product", tokens.clamp(1, FEW), tokens)?;
+    check_tokens(tokens, exec)?;
     KernelError::check("linear input", tokens * cols, x.len())?;
     if let Some(bias) = bias {
         KernelError::check("linear bias", rows, bias.len())?;
@@ -167,21 +199,31 @@ pub(crate) fn linear_few(
     let x = Prepared::new(x, tokens, cols, w.dtype(), exec);
     let size = w.bytes().len();
     let block = (TASK / (size / rows).max(1)).clamp(1, rows);
-    let all: [usize; FEW] = std::array::from_fn(|t| t);
     let out = Parts::new(out);
     tasks::for_each(rows.div_ceil(block), size >= SHARED_FROM, |task| {
         let (from, to) = (task * block, rows.min((task + 1) * block));
-        let mut sums = Scratch::new((to - from) * tokens);
-        multiply(w.slice_rows(from, to), &x, &all[..tokens], &mut sums);
-        for token in 0..tokens {
-            // SAFETY: no other task has these rows.
-            let out = unsafe { out.range(token * rows + from, to - from) };
-            for (r, o) in out.iter_mut().enumerate() {
-                *o = sums[r * tokens + token] + bias.map_or(0.0, |b| b[from + r]);
+        let mut sums = Scratch::new((to - from) * tokens.min(FEW));
+        // The weights of a task stay in the second cache for all tokens.
+        for first in (0..tokens).step_by(FEW) {
+            let count = FEW.min(tokens - first);
+            let which: [usize; FEW] = std::array::from_fn(|t| first + t);
+            let sums = &mut sums[..(to - from) * count];
+            multiply(w.slice_rows(from, to), &x, &which[..count], sums);
+            for token in 0..count {
+                // SAFETY: no other task has these rows.
+                let out = unsafe { out.range((first + token) * rows + from, to - from) };
+                for (r, o) in out.iter_mut().enumerate() {
+                    *o = sums[r * count + token] + bias.map_or(0.0, |b| b[from + r]);
+                }
             }
         }
     });
     Ok(())
+}
+
+fn check_tokens(tokens: usize, exec: &Exec) -> Result<(), KernelError> {
+    let most = if takes(FEW + 1, exec) { usize::MAX } else { FEW };
+    KernelError::check("tokens of one product", tokens.clamp(1, most), tokens)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::sampler::{Sampler, Sampling};
 use crate::text_error::{LogitsOf, TextError};
 use crate::tokenizer::Tokenizer;
-use crate::{Cache, LogitRows, Model};
+use crate::{Cache, LogitRows, Model, Steady};
 
 /// What to do with end-of-text tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -103,7 +103,14 @@ pub fn generate(
     let context = model.spec().max_positions;
     let capacity = context.min(prompt.len().saturating_add(generation.max_new_tokens));
     let mut cache = Cache::new(model, capacity);
-    let mut step = |tokens: &[u32]| Ok(model.forward(tokens, &mut cache, LogitRows::Last)?);
+    // As a server does it: both give the same text.
+    let model = Steady::new(model);
+    let mut step = |tokens: &[u32]| {
+        Ok(match cache.is_empty() {
+            true => model.prompt(tokens, &mut cache, LogitRows::Last, None)?,
+            false => model.next(tokens, &mut [&mut cache], None)?,
+        })
+    };
     run(&mut step, tokenizer, prompt, context, generation, on_text)
 }
 

@@ -13,7 +13,7 @@ use crate::ops::to_vec;
 /// * `[q, k, v]`: `[sequences, heads * dim]`; returns `[sequences, heads * v_dim]`
 /// * each sequence by itself: neither the others nor the number of threads change a bit
 pub(crate) fn attend(
-    caches: &mut [LayerCache],
+    caches: &mut [&mut LayerCache],
     lens: &[usize],
     [q, k, v]: [&Tensor; 3],
     spec: &AttentionSpec,
@@ -33,7 +33,7 @@ pub(crate) fn attend(
     let mut out = vec![0.0; lanes * width];
     let (mut exact, mut half) = (Vec::new(), Vec::new());
     for (cache, len) in caches.iter().zip(lens) {
-        match cache {
+        match &**cache {
             LayerCache::F32(kept) => exact.push(kept.view(len + 1)),
             LayerCache::F16(kept) => half.push(kept.view(len + 1)),
         }

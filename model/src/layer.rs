@@ -7,8 +7,8 @@ use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::weight::RowSlice;
 use moe_merge_kernels::cuda::{Block, CudaError, CudaMoe};
 use moe_merge_kernels::{
-    Accuracy, Activation, AttentionSpec, Exec, KernelError, RopeSpec, RopeTable, RouterSpec,
-    Routing, route,
+    Accuracy, Activation, AttentionSpec, Batching, Exec, KernelError, RopeSpec, RopeTable,
+    RouterSpec, Routing, route,
 };
 
 use crate::cache::LayerCache;
@@ -56,7 +56,7 @@ enum Projections {
 }
 
 impl Projections {
-    fn place(&mut self, placement: &Placement) -> Result<(), ModelError> {
+    fn linears(&mut self) -> impl Iterator<Item = &mut FrozenLinear> {
         let layers = match self {
             Projections::Plain { q, k, v, o, .. } => vec![q, k, v, o],
             Projections::Latent { q, kv_a, kv_b, o, .. } => {
@@ -68,7 +68,11 @@ impl Projections {
                 layers
             }
         };
-        layers.into_iter().try_for_each(|l| l.place(placement))
+        layers.into_iter()
+    }
+
+    fn place(&mut self, placement: &Placement) -> Result<(), ModelError> {
+        self.linears().try_for_each(|l| l.place(placement))
     }
 }
 
@@ -101,7 +105,7 @@ pub(crate) enum Past<'a> {
     /// In a cache that holds so many tokens already.
     Cache(&'a mut LayerCache, usize),
     /// In a cache for each row: every row is the next token of a sequence of its own.
-    Lanes(&'a mut [LayerCache], &'a [usize]),
+    Lanes(Vec<&'a mut LayerCache>, &'a [usize]),
     /// Nowhere: the pass holds whole sequences, in these rows.
     None(&'a [Range<usize>]),
 }
@@ -209,6 +213,11 @@ impl Layer {
         }
     }
 
+    /// Its number.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
     /// Its rotary frequencies.
     pub fn rope(&self) -> &RopeSpec {
         &self.spec.rope
@@ -219,6 +228,25 @@ impl Layer {
         match &self.mlp {
             Feed::Dense(_) => 0,
             Feed::Moe(moe) => moe.experts.len(),
+        }
+    }
+
+    /// Which kernels the tokens of a pass go through from now on.
+    pub fn set_batching(&mut self, batching: Batching) {
+        self.exec.batching = batching;
+        self.attention.linears().for_each(|l| l.exec.batching = batching);
+        match &mut self.mlp {
+            Feed::Dense(mlp) => mlp.set_batching(batching),
+            Feed::Moe(moe) => {
+                moe.router.exec.batching = batching;
+                let mut experts = moe.experts.to_vec();
+                experts.iter_mut().for_each(|e| e.set_batching(batching));
+                moe.experts = experts.into();
+                if let Some((mlp, gate)) = &mut moe.shared {
+                    mlp.set_batching(batching);
+                    gate.iter_mut().for_each(|g| g.exec.batching = batching);
+                }
+            }
         }
     }
 
@@ -357,8 +385,8 @@ impl Layer {
             Past::Cache(..) if q.track_op() => {
                 return Err(candle_core::Error::msg("attention to a cache has no gradient").into());
             }
-            Past::Lanes(caches, lens) => {
-                lanes::attend(caches, lens, [&q, &k, &v], &kernel, &self.exec)?
+            Past::Lanes(mut caches, lens) => {
+                lanes::attend(&mut caches, lens, [&q, &k, &v], &kernel, &self.exec)?
             }
             Past::Cache(cache, len) => {
                 cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
@@ -457,12 +485,13 @@ impl Layer {
         let (Some(placed), Some(router)) = (&moe.placed, moe.router.placed()) else {
             return Ok(None);
         };
-        if !placed.can_route(&moe.spec.router) {
+        let rule = &moe.spec.router;
+        if !placed.can_route(rule) || moe.router.exec.batching != Batching::Fastest {
             return Ok(None);
         }
         let values = to_vec(x)?;
         let mut out = vec![0.0; values.len()];
-        let (rule, bias) = (&moe.spec.router, moe.bias.as_deref());
+        let bias = moe.bias.as_deref();
         let found = placed.block(&values, router, bias, rule, activation, &mut out);
         let Block { routing, logits } = found.map_err(|e| match e {
             CudaError::Kernel(source @ KernelError::NotFinite { .. }) => {

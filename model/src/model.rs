@@ -4,14 +4,15 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{Accuracy, Exec, RopeSpec, RopeTable};
+use moe_merge_kernels::{Accuracy, Batching, Exec, RopeSpec, RopeTable, Routing};
 
 use crate::cache::{Cache, LayerCache};
 use crate::error::ModelError;
-use crate::layer::{Layer, Past, norm};
+use crate::layer::{Layer, Passed, Past, norm};
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
 use crate::placement::Placement;
-use crate::spec::{Mlp, Spec};
+use crate::spec::{Mlp, MoeMlp, Spec};
+use crate::trace::shares;
 use crate::weights::Weights;
 
 /// For which tokens of a pass logits are wanted.
@@ -21,7 +22,41 @@ pub enum LogitRows {
     All,
     /// The last one.
     Last,
+    /// None.
+    Skip,
 }
+
+/// What the router of a layer did with the tokens of a pass.
+#[derive(Debug)]
+pub struct Visited<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// Its rule and number of experts.
+    pub moe: &'a MoeMlp,
+    /// Experts chosen and their weights, best first.
+    pub routing: &'a Routing,
+    /// Logits they were chosen by, `[tokens, experts]`.
+    pub logits: &'a [f32],
+}
+
+impl Visited<'_> {
+    /// Entropy in nats of what the router thought of the experts, summed over the tokens of the pass.
+    pub fn entropy(&self) -> f64 {
+        let mut sum = 0.0;
+        let mut row = vec![0.0; self.moe.experts];
+        for logits in self.logits.chunks_exact(self.moe.experts) {
+            row.copy_from_slice(logits);
+            shares(&mut row, &self.moe.router);
+            let terms =
+                row.iter().filter(|p| **p > 0.0).map(|&p| -f64::from(p) * f64::from(p).ln());
+            sum += terms.sum::<f64>();
+        }
+        sum
+    }
+}
+
+/// Told about every MoE layer of a pass.
+pub type Watch<'a> = dyn FnMut(Visited<'_>) + Send + 'a;
 
 /// A model that runs: its weights are views of the files they lie in.
 #[derive(Debug, Clone)]
@@ -101,6 +136,18 @@ impl Model {
         }
     }
 
+    /// The same model over the same weights, with the tokens of a pass in the kernels that `batching` says; the head
+    /// takes each row alone unless that is [`Batching::Fastest`], for logits are wanted of one token of a prompt.
+    pub(crate) fn batched(&self, batching: Batching) -> Self {
+        let mut model = self.clone();
+        model.layers.iter_mut().for_each(|layer| layer.set_batching(batching));
+        model.head.exec.batching = match batching {
+            Batching::Fastest => Batching::Fastest,
+            Batching::Together | Batching::Alone => Batching::Alone,
+        };
+        model
+    }
+
     /// How its products are computed.
     pub fn accuracy(&self) -> Accuracy {
         self.head.accuracy()
@@ -123,11 +170,25 @@ impl Model {
         cache: &mut Cache,
         rows: LogitRows,
     ) -> Result<Vec<f32>, ModelError> {
+        self.forward_watched(tokens, cache, rows, None)
+    }
+
+    /// As [`Model::forward`], telling `watch` where the tokens go.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_watched(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: LogitRows,
+        watch: Option<&mut Watch<'_>>,
+    ) -> Result<Vec<f32>, ModelError> {
         if tokens.is_empty() {
             return Ok(Vec::new());
         }
         cache.check(tokens.len())?;
-        in_pool(|| self.forward_checked(tokens, cache, rows))
+        in_pool(|| self.forward_checked(tokens, cache, rows, watch))
     }
 
     fn forward_checked(
@@ -135,6 +196,7 @@ impl Model {
         tokens: &[u32],
         cache: &mut Cache,
         rows: LogitRows,
+        mut watch: Option<&mut Watch<'_>>,
     ) -> Result<Vec<f32>, ModelError> {
         let start = cache.len() as u32;
         let positions: Vec<u32> = (start..start + tokens.len() as u32).collect();
@@ -143,11 +205,15 @@ impl Model {
         let held = cache.len();
         for (layer, kept) in self.layers.iter().zip(&mut cache.layers) {
             let table = tables.of(layer.rope());
-            x = layer.forward(&self.spec, &x, table, Past::Cache(kept, held))?.stream;
+            let passed = layer.forward(&self.spec, &x, table, Past::Cache(kept, held))?;
+            tell(layer, &passed, watch.as_deref_mut())?;
+            x = passed.stream;
         }
         cache.advance(tokens.len());
-        if rows == LogitRows::Last {
-            x = x.narrow(0, tokens.len() - 1, 1)?.contiguous()?;
+        match rows {
+            LogitRows::All => {}
+            LogitRows::Last => x = x.narrow(0, tokens.len() - 1, 1)?.contiguous()?,
+            LogitRows::Skip => return Ok(Vec::new()),
         }
         self.logits(&self.norm.forward(&x)?)
     }
@@ -163,25 +229,29 @@ impl Model {
         &self,
         tokens: &[u32],
         lens: &[usize],
-        caches: &mut [&mut [LayerCache]],
+        caches: Vec<Vec<&mut LayerCache>>,
         rows: &[u32],
+        watch: Option<&mut Watch<'_>>,
     ) -> Result<Vec<f32>, ModelError> {
-        in_pool(|| self.lanes_checked(tokens, lens, caches, rows))
+        in_pool(|| self.lanes_checked(tokens, lens, caches, rows, watch))
     }
 
     fn lanes_checked(
         &self,
         tokens: &[u32],
         lens: &[usize],
-        caches: &mut [&mut [LayerCache]],
+        caches: Vec<Vec<&mut LayerCache>>,
         rows: &[u32],
+        mut watch: Option<&mut Watch<'_>>,
     ) -> Result<Vec<f32>, ModelError> {
         let positions: Vec<u32> = lens.iter().map(|&len| len as u32).collect();
         let mut tables = Tables::new(&positions);
         let mut x = embed(&self.spec, &self.embedding, tokens)?;
         for (layer, lanes) in self.layers.iter().zip(caches) {
             let table = tables.of(layer.rope());
-            x = layer.forward(&self.spec, &x, table, Past::Lanes(lanes, lens))?.stream;
+            let passed = layer.forward(&self.spec, &x, table, Past::Lanes(lanes, lens))?;
+            tell(layer, &passed, watch.as_deref_mut())?;
+            x = passed.stream;
         }
         if rows.is_empty() {
             return Ok(Vec::new());
@@ -227,6 +297,17 @@ impl Model {
         self.spec.finish_logits(&mut logits);
         Ok(logits)
     }
+}
+
+/// Tells `watch` what the router of `layer` did, if there is one.
+fn tell(layer: &Layer, passed: &Passed, watch: Option<&mut Watch<'_>>) -> Result<(), ModelError> {
+    let (Some(watch), Some(routing), Some(logits), Some((moe, _))) =
+        (watch, &passed.routing, &passed.logits, layer.router())
+    else {
+        return Ok(());
+    };
+    watch(Visited { layer: layer.index(), moe, routing, logits: &to_vec(logits)? });
+    Ok(())
 }
 
 /// Does `work` on a thread of the pool: one that stands outside would put itself to sleep and wake two others whenever work is

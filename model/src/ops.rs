@@ -134,7 +134,7 @@ impl CustomOp1 for FrozenLinear {
         let tokens = layout.shape().dims2()?.0;
         let mut out = vec![0.0; tokens * w.rows()];
         if let Some(placed) = &self.placed {
-            placed.forward(x, &mut out).map_err(failed)?;
+            placed.forward_as(x, &mut out, self.exec.batching).map_err(failed)?;
             return Ok((CpuStorage::F32(out), (tokens, w.rows()).into()));
         }
         kernels::linear(x, w, self.bias.as_deref(), &mut out, &self.exec).map_err(refused)?;

@@ -177,9 +177,9 @@ fn step(
     let lens: Vec<usize> = lanes.iter().map(|l| l.done).collect();
     let ready = |l: &Lane| l.done + 1 == l.tokens.len();
     let rows: Vec<u32> = (0u32..).zip(&*lanes).filter(|(_, l)| ready(l)).map(|(i, _)| i).collect();
-    let mut held: Vec<&mut [LayerCache]> =
-        caches.iter_mut().map(|layer| &mut layer[..lanes.len()]).collect();
-    let logits = model.forward_lanes(&tokens, &lens, &mut held, &rows)?;
+    let held: Vec<Vec<&mut LayerCache>> =
+        caches.iter_mut().map(|layer| layer[..lanes.len()].iter_mut().collect()).collect();
+    let logits = model.forward_lanes(&tokens, &lens, held, &rows, None)?;
     let choosing: Vec<&mut Lane> = lanes
         .iter_mut()
         .filter_map(|lane| {

@@ -1,6 +1,7 @@
 //! Text to token ids and back.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -139,8 +140,8 @@ impl Tokenizer {
     }
 
     /// A decoder for tokens that come one at a time.
-    pub fn stream(&self) -> StreamDecoder<'_> {
-        StreamDecoder { tokenizer: self, ids: Vec::new(), prefix: 0, read: 0 }
+    pub fn stream(&self) -> StreamDecoder<&Self> {
+        StreamDecoder::new(self)
     }
 
     /// The token that begins a text, if the tokenizer has one.
@@ -306,8 +307,8 @@ impl std::fmt::Display for VocabDifference {
 /// Some decoders look at neighbours (a leading space, a word joined to the one before), so a piece is the
 /// difference of two decoded texts: `decode(ids[prefix..])` less `decode(ids[prefix..read])`.
 #[derive(Debug)]
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct StreamDecoder<T> {
+    tokenizer: T,
     ids: Vec<u32>,
     /// Start of the context that is decoded again with each token.
     prefix: usize,
@@ -315,7 +316,12 @@ pub struct StreamDecoder<'a> {
     read: usize,
 }
 
-impl StreamDecoder<'_> {
+impl<T: Deref<Target = Tokenizer>> StreamDecoder<T> {
+    /// A decoder at the start of a text.
+    pub fn new(tokenizer: T) -> Self {
+        Self { tokenizer, ids: Vec::new(), prefix: 0, read: 0 }
+    }
+
     /// The text that `id` completes; empty while a character is still incomplete.
     ///
     /// # Errors

@@ -171,7 +171,7 @@ impl<'a> Router<'a> {
 }
 
 /// Logits to probabilities, in place; finite, as the choice has checked.
-fn shares(row: &mut [f32], spec: &RouterSpec) {
+pub(crate) fn shares(row: &mut [f32], spec: &RouterSpec) {
     match spec.score {
         Score::Softmax => return softmax(row),
         Score::Sigmoid => row.iter_mut().for_each(|l| *l = activation::sigmoid(*l)),

@@ -36,16 +36,38 @@ pub fn open_model(
 }
 
 fn open(source: &Source, exec: Exec, common: &Common) -> Result<Model, Failure> {
-    match Model::open_on(source, exec, &find(common)?) {
-        Err(e @ ModelError::Device(_))
-            if common.device == Device::Auto && e.kind() == Kind::NoRoom =>
-        {
-            if !common.quiet && !common.json {
-                let hint = "`--cpu-experts N` keeps the experts of N layers off it";
-                render::note(&format!("{e}: running on the processor; {hint}"));
+    Ok(Place::find(common)?.open(source, exec)?)
+}
+
+/// Where models are opened, one after another.
+pub struct Place {
+    placement: Placement,
+    /// Whether a model without room on the device runs on the processor.
+    fall_back: bool,
+    tell: bool,
+}
+
+impl Place {
+    /// Finds the device that was asked for.
+    pub fn find(common: &Common) -> Result<Self, Failure> {
+        Ok(Self {
+            placement: find(common)?,
+            fall_back: common.device == Device::Auto,
+            tell: !common.quiet && !common.json,
+        })
+    }
+
+    /// Opens a model there; where nobody asked for the device and the model has no room on it, on the processor.
+    pub fn open(&self, source: &Source, exec: Exec) -> Result<Model, ModelError> {
+        match Model::open_on(source, exec, &self.placement) {
+            Err(e @ ModelError::Device(_)) if self.fall_back && e.kind() == Kind::NoRoom => {
+                if self.tell {
+                    let hint = "`--cpu-experts N` keeps the experts of N layers off it";
+                    render::note(&format!("{e}: running on the processor; {hint}"));
+                }
+                Model::open_with(source, exec)
             }
-            Ok(Model::open_with(source, exec)?)
+            opened => opened,
         }
-        opened => Ok(opened?),
     }
 }

@@ -15,6 +15,7 @@ mod inspect;
 mod logits;
 mod perplexity;
 mod route;
+mod serve;
 mod swap;
 mod verify;
 
@@ -51,6 +52,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::History(args) => history::run(args, common),
         Command::Rollback(args) => history::rollback(args, common),
         Command::Export(args) => export::run(args, common),
+        Command::Serve(args) => serve::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }

@@ -28,9 +28,14 @@ pub fn shared(path: &str) -> Option<PathBuf> {
 /// Where it is unset, this says so loudly and the caller returns, as with [`shared`]. `tests/python/setup.sh` makes
 /// environments that have what the tests import.
 pub fn python(variable: &str) -> Option<PathBuf> {
+    program(variable, "Python (tests/python/setup.sh makes one)")
+}
+
+/// The program that the environment variable `variable` names; as [`python`] for a program that is `what`.
+pub fn program(variable: &str, what: &str) -> Option<PathBuf> {
     let found = std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);
     if found.is_none() {
-        skipped(&format!("`{variable}` names no Python (tests/python/setup.sh makes one)"));
+        skipped(&format!("`{variable}` names no {what}"));
     }
     found
 }

@@ -1,8 +1,9 @@
 #!/bin/sh
-# Makes the Python environments that `cargo test --test load_transformers` and `--test load_llama_cpp` ask for, about 2 GB:
+# Makes the Python environments that `cargo test --test load_transformers`, `--test load_llama_cpp` and `--test serve` ask for, about 2 GB:
 #
 #     tests/python/setup.sh ~/moe-merge-python
 #     export MOE_MERGE_PYTHON=~/moe-merge-python/v5/bin/python MOE_MERGE_PYTHON_4=~/moe-merge-python/v4/bin/python
+#     export MOE_MERGE_PYTHON_OPENAI=~/moe-merge-python/openai/bin/python
 #     export MOE_MERGE_LLAMA_CPP=~/moe-merge-python/llama/bin/python
 #
 # llama-cpp-python is built from source: that takes a C++ compiler and some minutes.
@@ -13,5 +14,7 @@ for version in 5 4.57; do
     python3 -m venv "$folder"
     "$folder/bin/pip" install --quiet torch "transformers==$version.*" safetensors numpy jinja2
 done
+python3 -m venv "$root/openai"
+"$root/openai/bin/pip" install --quiet openai playwright
 python3 -m venv "$root/llama"
 "$root/llama/bin/pip" install --quiet llama-cpp-python numpy

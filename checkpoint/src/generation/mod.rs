@@ -16,6 +16,7 @@
 
 mod change;
 mod check;
+mod current;
 pub(crate) mod journal;
 mod lock;
 mod name;
@@ -39,6 +40,7 @@ use crate::write::Watch;
 use lock::Lock;
 
 pub use check::{Checked, check};
+pub use current::{Current, current, is_replaced, open};
 pub use journal::{JOURNAL_NAME, JournalLine, history};
 pub use old::{before, manifest, open};
 pub use prune::Pruned;

@@ -5,6 +5,7 @@ use crate::cuda::device::{Buffer, Device, Rows};
 use crate::cuda::error::CudaError;
 use crate::cuda::matrix::Stack;
 use crate::error::KernelError;
+use crate::exec::Batching;
 use crate::view::MatView;
 
 /// Rows and columns of an output tile, and tokens that a row-by-row product takes: constants of `moe.cu`.
@@ -55,6 +56,19 @@ impl CudaLinear {
     /// # Errors
     /// [`KernelError::Length`] if the slices do not fit the weight; [`CudaError::NoRoom`], or what the driver says.
     pub fn forward(&self, x: &[f32], out: &mut [f32]) -> Result<(), CudaError> {
+        self.forward_as(x, out, Batching::Fastest)
+    }
+
+    /// As [`CudaLinear::forward`], in the kernels that `batching` says.
+    ///
+    /// # Errors
+    /// As [`CudaLinear::forward`].
+    pub fn forward_as(
+        &self,
+        x: &[f32],
+        out: &mut [f32],
+        batching: Batching,
+    ) -> Result<(), CudaError> {
         let (rows, cols) = self.shape();
         let tokens = x.len().checked_div(cols).unwrap_or(out.len() / rows.max(1));
         KernelError::check("linear input", tokens * cols, x.len())?;
@@ -62,20 +76,25 @@ impl CudaLinear {
         if out.is_empty() {
             return Ok(());
         }
+        if batching == Batching::Alone && tokens > MOST_TOKENS {
+            let parts = x.chunks(MOST_TOKENS * cols.max(1)).zip(out.chunks_mut(MOST_TOKENS * rows));
+            return parts.into_iter().try_for_each(|(x, out)| self.forward_as(x, out, batching));
+        }
         let x = self.device.put_rows(x, tokens, cols)?;
         let y = self.device.scratch(out.len())?;
-        self.enqueue(&x, tokens, &y, rows)?;
+        self.enqueue(&x, tokens, &y, rows, batching)?;
         self.device.get(&y, out)
     }
 
     /// Enqueues `out [tokens, stride] = x W^T + b`; columns from the features out to `stride` become 0 where the tokens are
-    /// more than eight, and are left alone else.
+    /// more than eight, or go [`Batching::Together`], and are left alone else.
     pub(super) fn enqueue(
         &self,
         x: &Rows,
         tokens: usize,
         out: &Buffer,
         stride: usize,
+        batching: Batching,
     ) -> Result<(), CudaError> {
         let w = &self.weight;
         let bias = self.bias.as_ref().map_or(Arg::Pointer(0), Buffer::arg);
@@ -85,7 +104,7 @@ impl CudaLinear {
         args.extend([w.rows(), w.cols(), out.arg(), Arg::Int(stride)]);
         // SAFETY (both): the arguments are those of `linear_*` (and of `gemv_*`, without the last); `x` has `tokens` padded
         // rows of `w.cols`, `out` as many rows of `stride` numbers, which are at least `w.rows`.
-        if tokens <= MOST_TOKENS {
+        if tokens <= MOST_TOKENS && batching != Batching::Together {
             let grid = (w.rows.div_ceil(ROWS_OF_BLOCK), 1);
             unsafe { self.device.launch_for("gemv", w.dtype, grid, &args) }
         } else {

@@ -8,6 +8,7 @@ use crate::cuda::error::CudaError;
 use crate::cuda::linear::{CudaLinear, linear_backward};
 use crate::cuda::matrix::Stack;
 use crate::error::KernelError;
+use crate::exec::Batching;
 use crate::view::MatView;
 
 /// The factors of `y += scale B (A x)`.
@@ -70,7 +71,7 @@ impl Device {
         let (a, b) = (a?, b?);
         let (x, dy) = (self.put_rows(x, rows, input)?, self.put_rows(dy, rows, output)?);
         let (low, d_low) = (self.rows(rows, rank)?, self.rows(rows, rank)?); // X A^T and dY B
-        down.enqueue(&x, rows, &low.buffer, low.stride)?;
+        down.enqueue(&x, rows, &low.buffer, low.stride, Batching::Fastest)?;
         linear_backward(self, &dy, rows, &b, &d_low.buffer, d_low.stride)?;
         let (d_a, d_b) = (self.scratch(rank * input)?, self.scratch(output * rank)?);
         self.outer(&d_low, &x, rows, (rank, input), scale, &d_a, (input, 1))?;

@@ -8,6 +8,7 @@ use crate::cuda::linear::{CudaLinear, ROWS_OF_BLOCK, TILE};
 use crate::cuda::matrix::{Stack, one_dtype};
 use crate::dispatch::ExpertView;
 use crate::error::KernelError;
+use crate::exec::Batching;
 use crate::routing::{Precision, RouterSpec, Routing, Score};
 
 /// Up to so many tokens, pairs are not grouped by expert: every pair reads its expert row by row.
@@ -104,6 +105,21 @@ impl CudaMoe {
         activation: Activation,
         out: &mut [f32],
     ) -> Result<(), CudaError> {
+        self.forward_as(x, routing, activation, out, Batching::Fastest)
+    }
+
+    /// As [`CudaMoe::forward`], in the kernels that `batching` says.
+    ///
+    /// # Errors
+    /// As [`CudaMoe::forward`].
+    pub fn forward_as(
+        &self,
+        x: &[f32],
+        routing: &Routing,
+        activation: Activation,
+        out: &mut [f32],
+        batching: Batching,
+    ) -> Result<(), CudaError> {
         self.check(routing)?;
         let (tokens, k) = (routing.tokens, routing.top_k);
         KernelError::check("expert input", tokens * self.hidden(), x.len())?;
@@ -114,7 +130,12 @@ impl CudaMoe {
         let x = self.device.put_rows(x, tokens, self.hidden())?;
         let ids = self.device.put(&routing.ids, Use::Scratch)?;
         let weights = self.device.put(&routing.weights, Use::Scratch)?;
-        let y = self.enqueue(&x, tokens, k, ids.arg(), weights.arg(), activation)?;
+        let few = match batching {
+            Batching::Fastest => tokens <= DECODE_TOKENS,
+            Batching::Together => false,
+            Batching::Alone => true,
+        };
+        let y = self.enqueue(&x, (tokens, few), k, ids.arg(), weights.arg(), activation)?;
         self.device.get(&y, out)
     }
 
@@ -158,7 +179,8 @@ impl CudaMoe {
         let x = self.device.put_rows(x, tokens, hidden)?;
         let told = self.route(&x, tokens, router, bias, spec)?;
         let (ids, weights) = (told.ids(), told.weights());
-        let y = self.enqueue(&x, tokens, k, ids, weights, activation)?;
+        let few = tokens <= DECODE_TOKENS;
+        let y = self.enqueue(&x, (tokens, few), k, ids, weights, activation)?;
         self.device.get(&y, out)?;
         told.read(&self.device)
     }
@@ -176,7 +198,7 @@ impl CudaMoe {
         CudaError::int("router logits", tokens * experts)?;
         let count = tokens * (experts + 2 * k) + 1;
         let told = Told { buffer: self.device.scratch(count)?, tokens, experts, k };
-        router.enqueue(x, tokens, &told.buffer, experts)?;
+        router.enqueue(x, tokens, &told.buffer, experts, Batching::Fastest)?;
         self.device.put_into(&[u32::MAX], &told.buffer, count - 1)?;
         let bias = bias.map(|b| self.device.put(b, Use::Scratch)).transpose()?;
         let (groups, kept) = spec.groups.unwrap_or((0, 0));
@@ -212,11 +234,12 @@ impl CudaMoe {
         }
     }
 
-    /// Enqueues products and sum; returns `[tokens, hidden]`. Ids are below the number of experts.
+    /// Enqueues products and sum, in the kernels for few tokens or in those for many; returns `[tokens, hidden]`. Ids are
+    /// below the number of experts.
     fn enqueue(
         &self,
         x: &Rows,
-        tokens: usize,
+        (tokens, few): (usize, bool),
         k: usize,
         ids: Arg,
         weights: Arg,
@@ -228,7 +251,7 @@ impl CudaMoe {
         let out = device.scratch(tokens * hidden)?;
         let h = device.rows(pairs, inter)?;
         let (top_k, sizes) = (Arg::Int(k as i32), [self.gate.cols(), self.gate.rows()]);
-        if tokens <= DECODE_TOKENS {
+        if few {
             let (gate, up, down) = (&self.gate, &self.up, &self.down);
             let mut args = vec![x.arg(), x.stride()?, gate.arg(), up.arg(), gate.stride(), ids];
             args.extend([top_k, sizes[0], sizes[1], h.arg(), h.stride()?, kind(activation)]);

@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::FEW;
+use super::{FEW, Sums};
 use crate::cast::Dtype;
 use crate::vector::{Job, Vector};
 
@@ -117,6 +117,7 @@ pub(super) struct Rows<'a> {
     pub ahead: Ahead,
     /// `[rows, tokens]`.
     pub sums: &'a mut [f32],
+    pub how: Sums,
 }
 
 impl Job for Rows<'_> {
@@ -154,18 +155,20 @@ impl Rows<'_> {
     unsafe fn all<S: Vector, F: Stored, const ASK: bool>(mut self) {
         let (rows, width) = (self.sums.len() / self.tokens, self.cols * F::SIZE);
         assert_eq!(self.bytes.len(), rows * width);
-        let chunk = if self.tokens > 2 { CHUNK / width.max(1) } else { rows }.max(1);
+        let at_once = if self.how == Sums::Pairs { 2 } else { 1 };
+        let chunk = if self.tokens > at_once { CHUNK / width.max(1) } else { rows }.max(1);
         for from in (0..rows).step_by(chunk) {
             let rows = from..rows.min(from + chunk);
             let mut first = 0;
             // SAFETY: the caller's. With one token it takes more sums side by side to keep the units busy.
             unsafe {
-                while first + 2 <= self.tokens {
+                while self.how == Sums::Pairs && first + 2 <= self.tokens {
                     self.each_row::<S, F, 2, 1, ASK>(rows.clone(), first);
                     first += 2;
                 }
-                if first < self.tokens {
-                    self.each_row::<S, F, 1, 4, ASK>(rows, first);
+                while first < self.tokens {
+                    self.each_row::<S, F, 1, 4, ASK>(rows.clone(), first);
+                    first += 1;
                 }
             }
         }

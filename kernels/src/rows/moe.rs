@@ -3,7 +3,10 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::{FEW, Form, PAD, Prepared, SHARED_FROM, TASK, multiply, multiply_vectors, set};
+use super::{
+    FEW, Form, PAD, Prepared, SHARED_FROM, Sums, TASK, check_tokens, multiply, multiply_vectors,
+    set,
+};
 use crate::activation::Activation;
 use crate::dispatch::ExpertView;
 use crate::error::KernelError;
@@ -32,8 +35,8 @@ thread_local! {
 ///
 /// `out[t] = sum_slot weight[t, slot] * down_e(f(gate_e(x[t])) * up_e(x[t]))`, `e = ids[t, slot]`, added in slot order.
 ///
-/// * `x`, `out`: `[tokens, hidden]`, 1 to [`FEW`] tokens
-/// * each weight of an expert is read once; the same bits for any number of threads
+/// * `x`, `out`: `[tokens, hidden]`, tokens as [`super::takes`] says
+/// * each weight of an expert is read once for [`FEW`] tokens; the same bits for any number of threads
 ///
 /// # Errors
 /// [`KernelError::Length`] or [`KernelError::TopK`] if routing, experts and slices do not fit each other.
@@ -46,14 +49,16 @@ pub(crate) fn moe_few(
     exec: &Exec,
 ) -> Result<(), KernelError> {
     let mut groups = KEPT.take();
-    let result = group(routing, experts.len(), &mut groups).and_then(|()| {
-        let hidden = experts.first().map_or(0, |e| e.gate.cols());
-        check(x, routing, experts, &groups, hidden, out)?;
-        let layer = Layer { routing, experts, groups: &groups, hidden, exec };
-        let h = layer.gate_and_up(x, activation);
-        layer.down_and_combine(&h, out);
-        Ok(())
-    });
+    let result = check_tokens(routing.tokens, exec)
+        .and_then(|()| group(routing, experts.len(), &mut groups))
+        .and_then(|()| {
+            let hidden = experts.first().map_or(0, |e| e.gate.cols());
+            check(x, routing, experts, &groups, hidden, out)?;
+            let layer = Layer { routing, experts, groups: &groups, hidden, exec };
+            let h = layer.gate_and_up(x, activation);
+            layer.down_and_combine(&h, out);
+            Ok(())
+        });
     KEPT.set(groups);
     result
 }
@@ -61,7 +66,6 @@ pub(crate) fn moe_few(
 /// Pairs by expert, in the order in which experts first appear.
 fn group(routing: &Routing, experts: usize, groups: &mut Vec<Group>) -> Result<(), KernelError> {
     let (tokens, k) = (routing.tokens, routing.top_k);
-    KernelError::check("tokens of one product", tokens.clamp(1, FEW), tokens)?;
     KernelError::check("routing ids", tokens * k, routing.ids.len())?;
     KernelError::check("routing weights", tokens * k, routing.weights.len())?;
     groups.clear();
@@ -170,7 +174,8 @@ impl Layer<'_> {
             for (vector, pair) in vectors.iter_mut().zip(&group.pairs[..group.count]) {
                 *vector = &h.numbers[pair * h.stride..(pair + 1) * h.stride];
             }
-            multiply_vectors(down, vectors, group.count, sums, set(self.exec));
+            let how = (set(self.exec), Sums::of(self.exec));
+            multiply_vectors(down, vectors, group.count, sums, how);
         });
         for (token, out) in out.chunks_exact_mut(hidden.max(1)).enumerate() {
             out.fill(0.0);
@@ -231,6 +236,7 @@ mod tests {
     use super::super::tests::{numbers, sets, stored};
     use super::*;
     use crate::cast::Dtype;
+    use crate::exec::Batching;
 
     /// Bytes and values of gate, up and down.
     type Stored = [(Vec<u8>, Vec<f32>); 3];
@@ -332,6 +338,33 @@ mod tests {
         let alone = run(1, &x, &three);
         assert_eq!(alone, run(2, &x, &three));
         assert_eq!(alone, run(3, &x, &three));
+    }
+
+    #[test]
+    fn a_token_alone_has_the_bits_it_has_among_others() {
+        let (hidden, inter) = (70, 130);
+        for dtypes in [[Dtype::BF16; 3], [Dtype::F32; 3], [Dtype::F16, Dtype::BF16, Dtype::F32]] {
+            let weights = experts(3, hidden, inter, dtypes);
+            let views = views(&weights, hidden, inter, dtypes);
+            let (tokens, k) = (FEW + 7, 2);
+            let (x, all) = (numbers(tokens * hidden, 9), routing(tokens, k, 3, 1));
+            for exec in sets() {
+                let mut together = vec![0.0; x.len()];
+                let exec = Exec { batching: Batching::Alone, ..exec };
+                moe_few(&x, &all, &views, Activation::Silu, &mut together, &exec).unwrap();
+                let exec = Exec { batching: Batching::Fastest, ..exec };
+                for token in 0..tokens {
+                    let own = token * k..(token + 1) * k;
+                    let (ids, weights) = (all.ids[own.clone()].into(), all.weights[own].into());
+                    let one = Routing { tokens: 1, top_k: k, ids, weights };
+                    let row = token * hidden..(token + 1) * hidden;
+                    let mut out = vec![0.0; hidden];
+                    moe_few(&x[row.clone()], &one, &views, Activation::Silu, &mut out, &exec)
+                        .unwrap();
+                    assert_eq!(out, together[row], "{exec:?} {token}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -110,12 +110,9 @@ fn asking_for_weights_ahead_changes_no_bit() {
                 for tokens in 1..=FEW {
                     let [asked, left] = [Ahead::Ask, Ahead::LeaveToProcessor].map(|ahead| {
                         let mut sums = vec![f32::NAN; rows * tokens];
-                        let (bytes, sums_) = (&bytes[1..], &mut sums[..]);
-                        let isa = set(&exec);
-                        vector::run(
-                            isa,
-                            Rows { bytes, dtype, cols, x, tokens, ahead, sums: sums_ },
-                        );
+                        let (bytes, out, how) = (&bytes[1..], &mut sums[..], Sums::Pairs);
+                        let rows = Rows { bytes, dtype, cols, x, tokens, ahead, sums: out, how };
+                        vector::run(set(&exec), rows);
                         sums
                     });
                     assert_eq!(asked, left, "{exec:?} {dtype} {cols} {tokens}");

@@ -120,6 +120,13 @@ impl Expert {
         Ok(ExpertView { gate: gate.view()?, up: up.view()?, down: down.view()? })
     }
 
+    /// Which kernels the tokens of a pass go through from now on.
+    pub fn set_batching(&mut self, batching: kernels::Batching) {
+        [&mut self.gate, &mut self.up, &mut self.down]
+            .into_iter()
+            .for_each(|l| l.exec.batching = batching);
+    }
+
     /// Puts its layers where `placement` says.
     pub fn place(&mut self, placement: &Placement) -> std::result::Result<(), ModelError> {
         [&mut self.gate, &mut self.up, &mut self.down]
@@ -158,7 +165,10 @@ impl CustomOp2 for Experts {
         let x = values(x, x_layout)?;
         let mut out = vec![0.0; x.len()];
         if let Some(placed) = &self.placed {
-            placed.forward(x, &self.routing, self.activation, &mut out).map_err(failed)?;
+            let batching = self.exec().batching;
+            placed
+                .forward_as(x, &self.routing, self.activation, &mut out, batching)
+                .map_err(failed)?;
             return Ok((CpuStorage::F32(out), x_layout.shape().clone()));
         }
         let (views, exec) = (self.views()?, self.exec());

@@ -71,9 +71,9 @@ fn logits_of_lanes_are_those_of_each_alone() {
         }
         for t in 0..4 {
             let tokens: Vec<u32> = texts.iter().map(|text| text[t]).collect();
-            let mut held: Vec<&mut [LayerCache]> = caches.iter_mut().map(|c| &mut c[..]).collect();
+            let held = caches.iter_mut().map(|c| c.iter_mut().collect()).collect();
             // Only some of the rows, to see that they are the right ones.
-            let found = model.forward_lanes(&tokens, &[t; 5], &mut held, &[0, 2, 3]).unwrap();
+            let found = model.forward_lanes(&tokens, &[t; 5], held, &[0, 2, 3], None).unwrap();
             let mut expected = Vec::new();
             for (lane, cache) in alone.iter_mut().enumerate() {
                 let row = model.forward(&[tokens[lane]], cache, LogitRows::Last).unwrap();
