@@ -475,8 +475,8 @@ impl Finetune {
                     message: message.as_deref(),
                     tensors: files,
                     details: self.details(report)?,
-                    gate_mode: None,
                     parent: Some(self.generation),
+                    ..Change::default()
                 };
                 let made = commit(&self.source.path, &change, watch)?;
                 report.output = self.source.path.clone();
