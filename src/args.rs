@@ -7,11 +7,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use moe_merge_kernels::Exec;
 
 mod change;
+mod finetune;
 
 pub use change::{
     AddArgs, ApproveArgs, DiffArgs, DropArgs, ExtractArgs, HistoryArgs, RollbackArgs, Rows,
     SwapArgs,
 };
+pub use finetune::{FinetuneArgs, Optimiser, Packing, Route, Schedule, Target};
 
 /// Merge fine-tuned checkpoints of one base into a mixture-of-experts model.
 #[derive(Debug, Parser)]
@@ -145,6 +147,8 @@ pub enum Command {
     Rollback(RollbackArgs),
     /// Answer OpenAI's clients over HTTP, with the generation that is live when they ask
     Serve(ServeArgs),
+    /// Train one expert of a MoE, or the MLPs of a dense model, on text: a PEFT adapter, or a new generation of the folder
+    Finetune(FinetuneArgs),
     /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
     Export(ExportArgs),
     /// Print a completion script for a shell

@@ -76,7 +76,7 @@ pub struct ConfigChange {
 /// A generation that is not there or whose files are gone, a broken history, interruption.
 pub fn diff(folder: &Path, from: u32, to: u32, interrupt: &Interrupt) -> Result<Diff, AdaptError> {
     let _ = generation::recover(folder);
-    let (a, b) = (generation::open(folder, from)?, generation::open(folder, to)?);
+    let (a, b) = (generation::open_old(folder, from)?, generation::open_old(folder, to)?);
     let names: BTreeSet<&String> = a.tensors.keys().chain(b.tensors.keys()).collect();
     let names: Vec<&String> = names.into_iter().collect();
     let found: Vec<Option<TensorChange>> = names

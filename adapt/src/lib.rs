@@ -18,6 +18,7 @@ mod edit;
 mod effect;
 mod error;
 mod extract;
+pub mod finetune;
 mod history;
 mod mlp;
 mod moe;

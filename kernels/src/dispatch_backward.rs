@@ -27,7 +27,7 @@ const ALONE_BELOW: usize = 1 << 18;
 ///
 /// * `x`, `d_out`, `d_x` (overwritten; left out where it is not wanted): `[tokens, hidden]`
 /// * returns the gradient of the weights, `[tokens, top_k]`
-/// * f32 activations and sums, whatever the accuracy of `exec`; the same bits for any number of threads
+/// * f32 sums; many tokens of bf16 experts are rounded to bf16 where `exec` is fast; the same bits for any number of threads
 /// * working memory: `d_x` of every pair, and blocks for each thread
 ///
 /// # Errors
@@ -42,6 +42,9 @@ pub fn moe_backward(
     exec: &Exec,
 ) -> Result<Vec<f32>, KernelError> {
     let block = Block { x, routing, experts, activation, lora: None, exec };
+    if block.turned() {
+        return Ok(block.backward_turned(d_out, d_x)?.0);
+    }
     Ok(block.backward(d_out, d_x)?.0)
 }
 
@@ -180,7 +183,7 @@ impl Block<'_> {
     }
 
     /// `out[t]` is the sum of the rows of its pairs, in slot order.
-    fn combine(&self, groups: &Groups, rows: &[f32], out: &mut [f32]) {
+    pub fn combine(&self, groups: &Groups, rows: &[f32], out: &mut [f32]) {
         let (hidden, k) = (self.hidden(), self.routing.top_k);
         if hidden == 0 || k == 0 {
             return out.fill(0.0);

@@ -42,6 +42,7 @@ mod scratch;
 mod simd;
 mod tasks;
 mod transpose;
+mod turned;
 mod vector;
 mod view;
 mod widen;

@@ -9,6 +9,7 @@ use crate::exec::{Batching, Exec, Isa};
 use crate::product::{Left, padded, product};
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
+use crate::turned;
 use crate::vector::{Job, Vector, run};
 use crate::view::MatView;
 use crate::widen::{stored, widen};
@@ -31,7 +32,8 @@ const ALONE_BELOW: usize = 1 << 20;
 /// Gradient of [`crate::linear()`] with respect to its input: `dx[t, c] = sum_r dy[t, r] * w[r, c]`.
 ///
 /// * `dy`: `[tokens, w.rows()]`; `dx`: `[tokens, w.cols()]`, overwritten or added to
-/// * f32 activations and sums, whatever the accuracy of `exec`; the weight is read as stored and widened block by block
+/// * f32 sums; many tokens through a bf16 weight are rounded to bf16 where `exec` is fast, and the weight is turned for them;
+///   otherwise it is read as stored and widened block by block
 /// * the same bits for any number of threads; with [`Batching::Together`] also for any number of tokens
 ///
 /// # Errors
@@ -49,6 +51,9 @@ pub fn linear_backward(
     KernelError::check("gradient of a linear input", tokens * k, dx.len())?;
     if dx.is_empty() {
         return Ok(());
+    }
+    if turned::worth(w, tokens, exec) && exec.batching != Batching::Together {
+        return turned::product(dy, w, dx, into, exec);
     }
     let shared = tokens * m * k >= ALONE_BELOW;
     if tokens < BLOCKS_FROM && exec.batching != Batching::Together {

@@ -14,6 +14,7 @@ use crate::routing::Routing;
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
 use crate::transpose::transpose;
+use crate::turned;
 use crate::view::MatView;
 
 /// Rows of one task. Fixed, so that the split (and with it every bit of the result) does not depend on the number of threads.
@@ -108,7 +109,8 @@ pub struct MoeLoraGradients {
 
 /// [`crate::moe_forward`] where one expert has LoRA pairs; all others are computed as they are there.
 ///
-/// * `x`, `out`: `[tokens, hidden]`; the expert with pairs in f32 activations and sums, whatever the accuracy of `exec`
+/// * `x`, `out`: `[tokens, hidden]`; f32 sums; the expert with pairs in f32 activations too, but for many tokens of bf16
+///   experts where `exec` is fast
 /// * the same bits for any number of threads
 ///
 /// # Errors
@@ -138,23 +140,33 @@ pub fn moe_forward_lora(
     if order.is_empty() || hidden == 0 {
         return Ok(());
     }
+    let token = |pair: &u32| *pair as usize / routing.top_k;
+    if block.turned() {
+        let y = turned::expert_forward(&block, lora.expert, order.iter().map(token))?;
+        add_pairs(order, routing, &y, out, hidden);
+        return Ok(());
+    }
     let expert = block.expert(lora.expert);
     let mut y = Scratch::new(order.len() * hidden); // [pairs of the expert, hidden]
     let parts = Parts::new(&mut y);
     for_each(order.len().div_ceil(TOKENS), block.shared(order.len()), |index| {
         let first = index * TOKENS;
         let pairs = &order[first..order.len().min(first + TOKENS)];
-        let tokens = pairs.iter().map(|pair| *pair as usize / routing.top_k);
-        let input = Tokens::gather(exec.isa, x, hidden, tokens);
+        let input = Tokens::gather(exec.isa, x, hidden, pairs.iter().map(token));
         // SAFETY: the rows of this task.
         expert.forward(&input, unsafe { parts.range(first * hidden, pairs.len() * hidden) });
     });
+    add_pairs(order, routing, &y, out, hidden);
+    Ok(())
+}
+
+/// Adds what an expert gives for its pairs, `y [pairs, hidden]`, to their tokens.
+fn add_pairs(order: &[u32], routing: &Routing, y: &[f32], out: &mut [f32], hidden: usize) {
     for (pair, y) in order.iter().zip(y.chunks_exact(hidden)) {
         let (token, weight) = (*pair as usize / routing.top_k, routing.weights[*pair as usize]);
         let out = &mut out[token * hidden..(token + 1) * hidden];
         out.iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
     }
-    Ok(())
 }
 
 /// Gradients of [`moe_forward_lora`].
@@ -164,7 +176,7 @@ pub fn moe_forward_lora(
 /// gives. Sums run over fixed parts of the tokens, which are added in order.
 ///
 /// * `x`, `d_out`, `d_x` (overwritten; left out where it is not wanted): `[tokens, hidden]`
-/// * f32 activations and sums; the same bits for any number of threads
+/// * f32 sums, accuracy as in [`moe_forward_lora`]; the same bits for any number of threads
 /// * working memory: that of [`crate::moe_backward`], and at most 8 times the factors
 ///
 /// # Errors
@@ -181,6 +193,10 @@ pub fn moe_backward_lora(
     exec: &Exec,
 ) -> Result<MoeLoraGradients, KernelError> {
     let block = Block { x, routing, experts, activation, lora: Some(lora), exec };
+    if block.turned() {
+        let (weights, [gate, up, down]) = block.backward_turned(d_out, d_x)?;
+        return Ok(MoeLoraGradients { weights, gate, up, down });
+    }
     let (weights, factors) = block.backward(d_out, d_x)?;
     let layout = Factors::of(lora);
     let pair = |which: usize| LoraGradients {

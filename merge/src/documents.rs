@@ -19,10 +19,12 @@ use serde_json::Value;
 
 mod encode;
 mod labelled;
+mod lesson;
 
 pub use encode::{Cutting, DEFAULT_PROMPT_TOKENS, Encoder, PIECE_TOKENS, Pieces, encode_labelled};
 pub(crate) use labelled::empty_note;
 pub use labelled::{LabelledPrompts, Unprompted, expert_names, read_labelled};
+pub use lesson::Answered;
 
 /// The largest file of prompts that is read, in bytes: far more than any router needs.
 const LONGEST: u64 = 256 << 20;
@@ -267,18 +269,28 @@ fn blocks(file: &Arc<Path>, text: &str) -> Vec<Document> {
 fn json_lines(path: &Arc<Path>, text: &str) -> Result<(Vec<Document>, usize), DocumentError> {
     let (mut documents, mut empty) = (Vec::new(), 0);
     for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let at = At::Line(i + 1);
-        let value = serde_json::from_str(line).map_err(|e| {
-            DocumentError::new(path, at, "a line is not JSON")
-                .expected(EXPECTED)
-                .found(e.to_string())
-        })?;
-        match document(path, at, &value, None)? {
+        match json_line(path, i + 1, line)? {
             Some(document) => documents.push(document),
             None => empty += 1,
         }
     }
     Ok((documents, empty))
+}
+
+/// One line of a `.jsonl` file, counted from 1; `None` if it holds no text.
+///
+/// # Errors
+/// [`DocumentError`] if it is no document.
+pub fn json_line(
+    path: &Arc<Path>,
+    line: usize,
+    text: &str,
+) -> Result<Option<Document>, DocumentError> {
+    let at = At::Line(line);
+    let value = serde_json::from_str(text).map_err(|e| {
+        DocumentError::new(path, at, "a line is not JSON").expected(EXPECTED).found(e.to_string())
+    })?;
+    document(path, at, &value, None)
 }
 
 /// What a line has to be.

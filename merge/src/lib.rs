@@ -44,5 +44,6 @@ pub mod write;
 pub use dense::dense;
 pub use error::MergeError;
 pub use plan::{Assembly, ExpertInput, Gates, Plan};
+pub use self_text::expert_texts;
 pub use sources::open;
 pub use write::{Provenance, Written, write, write_dense};

@@ -1,9 +1,11 @@
-//! Text that experts write themselves, for routers to learn from.
+//! Text that experts write themselves.
 
 use moe_merge_checkpoint::Source;
 use moe_merge_checkpoint::publish::Interrupt;
-use moe_merge_model::{ModelError, Sampling, Tokenizer, sample_texts, self_text_starts};
+use moe_merge_model::spec::Mlp;
+use moe_merge_model::{ModelError, Sampling, Spec, Tokenizer, sample_texts, self_text_starts};
 
+use crate::calibrate::alone;
 use crate::error::MergeError;
 use crate::gates::TokenPrompts;
 
@@ -60,4 +62,39 @@ impl Writing<'_> {
         prompts.positive.extend(texts.into_iter().filter(|t| t.len() > own));
         Ok(Some(written))
     }
+}
+
+/// Text that each expert of `moe`, alone in the model, writes at temperature 1: token ids of each text, beginning-of-text
+/// token included, expert after expert. Texts begin as the expert's `prompts` do, or from nothing.
+///
+/// * `tokens`: for each expert, about
+/// * `None` for a dense model, a family that has all experts of a layer in one tensor, or a tokenizer that has no token to
+///   start from
+///
+/// # Errors
+/// As [`sample_texts`]; interruption.
+pub fn expert_texts(
+    moe: &Source,
+    prompts: &[TokenPrompts],
+    tokenizer: &Tokenizer,
+    (tokens, seed): (usize, u64),
+    interrupt: &Interrupt,
+) -> Result<Option<Vec<Vec<Vec<u32>>>>, MergeError> {
+    let spec = Spec::of(moe)?;
+    let counts = spec.layers.iter().filter_map(|layer| match &layer.mlp {
+        Mlp::Moe(moe) => Some(moe.experts),
+        Mlp::Dense(_) => None,
+    });
+    let writing = Writing { tokenizer, tokens, seed, interrupt };
+    let mut all = Vec::new();
+    for expert in 0..counts.min().unwrap_or(0) {
+        let Some(source) = alone(moe, &spec, expert) else { return Ok(None) };
+        let mut own = prompts.get(expert).cloned().unwrap_or_default();
+        let known = own.positive.len();
+        if writing.add(&source, expert, &mut own, &mut |_| {})?.is_none() {
+            return Ok(None);
+        }
+        all.push(own.positive.split_off(known));
+    }
+    Ok((!all.is_empty()).then_some(all))
 }

@@ -40,6 +40,17 @@ pub enum ModelError {
         /// Routed experts of a layer; 0 in a dense model.
         experts: usize,
     },
+    /// An expert that is not there; a dense model has none, and of a MoE one has to be named.
+    #[error("{}", match expert {
+        Some(expert) => format!("the model has no expert {expert}"),
+        None => "an expert has to be named".into(),
+    })]
+    Expert {
+        /// Its number from 0, if one was named.
+        expert: Option<usize>,
+        /// Routed experts of a layer; 0 in a dense model.
+        experts: usize,
+    },
     /// More tokens than the model or the cache holds.
     #[error("{tokens} tokens do not fit into {what} of {limit}")]
     TooLong {
@@ -87,6 +98,7 @@ impl Explain for ModelError {
             Self::Checkpoint(e) => e.kind(),
             Self::NoRouters { .. }
             | Self::TopK { .. }
+            | Self::Expert { .. }
             | Self::TooLong { .. }
             | Self::Token { .. } => Kind::Usage,
             Self::Device(CudaError::NoRoom { .. }) => Kind::NoRoom,
@@ -118,6 +130,16 @@ impl Explain for ModelError {
                     },
                 ),
                 ("found", top_k.to_string()),
+            ],
+            Self::Expert { expert, experts } => vec![
+                (
+                    "expected",
+                    match experts {
+                        0 => "no expert: the model is dense".into(),
+                        _ => format!("0 to {}", experts - 1),
+                    },
+                ),
+                ("found", expert.map_or("none".into(), |e| e.to_string())),
             ],
             Self::TooLong { tokens, limit, .. } => vec![
                 ("expected", format!("at most {limit} tokens")),

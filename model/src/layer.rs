@@ -1,5 +1,7 @@
 //! One layer: weights and the way through it.
 
+mod adapted;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -21,6 +23,8 @@ use crate::ops::{
 use crate::placement::Placement;
 use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, SharedExpert, Spec};
 use crate::weights::Weights;
+
+pub(crate) use adapted::Adapted;
 
 /// A layer whose weights are views.
 #[derive(Debug, Clone)]

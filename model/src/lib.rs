@@ -18,6 +18,7 @@
 mod cache;
 pub mod chat;
 mod error;
+pub mod expert_training;
 pub mod families;
 mod first_token;
 pub mod generate;

@@ -312,7 +312,7 @@ fn tell(layer: &Layer, passed: &Passed, watch: Option<&mut Watch<'_>>) -> Result
 
 /// Does `work` on a thread of the pool: one that stands outside would put itself to sleep and wake two others whenever work is
 /// shared.
-fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 

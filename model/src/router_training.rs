@@ -48,7 +48,7 @@ use crate::ops::to_vec;
 
 mod check;
 mod error;
-mod head;
+pub(crate) mod head;
 mod network;
 mod penalty;
 mod state;

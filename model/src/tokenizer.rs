@@ -128,6 +128,18 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Token ids of `text` as [`Tokenizer::encode`] gives them, each with the bytes of the text that it stands for.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_spans(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), TextError> {
+        let encoding = self.inner.encode(text, false).map_err(|e| TextError::Tokenize {
+            action: "encode this text",
+            found: e.to_string(),
+        })?;
+        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+    }
+
     /// The text of `ids`, special tokens left away; bytes that are no UTF-8 become U+FFFD.
     ///
     /// # Errors

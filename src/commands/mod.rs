@@ -9,6 +9,7 @@ mod diff;
 mod edit;
 mod evaluate;
 mod export;
+mod finetune;
 mod generate;
 mod history;
 mod inspect;
@@ -51,6 +52,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Approve(args) => approve::run(args, common),
         Command::History(args) => history::run(args, common),
         Command::Rollback(args) => history::rollback(args, common),
+        Command::Finetune(args) => finetune::run(args, common),
         Command::Export(args) => export::run(args, common),
         Command::Serve(args) => serve::run(args, common),
         Command::Completions { shell } => completions::script(*shell),

@@ -90,8 +90,7 @@ fn load(folder: &Path, clients: usize, time: Duration, changes: u32) {
     // What each generation says alone. The first change comes before the load, so that there are two.
     let mut expected: [Vec<String>; 2] = Default::default();
     for generation in [1, 2] {
-        assert_eq!(replace(folder, SEEDS[generation % 2]), generation as u32);
-        until("a generation", || live(&host) == generation);
+        swap(&host, folder, generation);
         expected[generation as usize % 2] =
             PROMPTS.iter().map(|p| ask(&host, p).unwrap().1).collect();
     }

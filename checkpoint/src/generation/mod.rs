@@ -42,7 +42,7 @@ use lock::Lock;
 pub use check::{Checked, check};
 pub use current::{Current, current, is_replaced, open};
 pub use journal::{JOURNAL_NAME, JournalLine, history};
-pub use old::{before, manifest, open};
+pub use old::{before, manifest, open_old};
 pub use prune::Pruned;
 pub use settings::{Approval, SETTINGS_NAME, Settings, Thresholds};
 

@@ -166,7 +166,7 @@ fn is_gone(file: PathBuf, name: &str, generation: u32) -> CheckpointError {
 /// # Errors
 /// [`CheckpointError::NoGeneration`]; [`CheckpointError::Malformed`] if a file of it was removed, or the history is
 /// broken.
-pub fn open(folder: &Path, generation: u32) -> Result<Source, CheckpointError> {
+pub fn open_old(folder: &Path, generation: u32) -> Result<Source, CheckpointError> {
     let lines = history(folder)?;
     let old = Old::find(folder, &lines, generation)?;
     let config = model_folder::config_at(&old.config)?;
@@ -188,7 +188,7 @@ pub fn open(folder: &Path, generation: u32) -> Result<Source, CheckpointError> {
 /// The manifest of `generation`.
 ///
 /// # Errors
-/// As [`open`].
+/// As [`open_old`].
 pub fn manifest(folder: &Path, generation: u32) -> Result<Manifest, CheckpointError> {
     Ok(Old::find(folder, &history(folder)?, generation)?.manifest)
 }

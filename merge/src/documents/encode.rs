@@ -133,34 +133,19 @@ impl<'a> Encoder<'a> {
         let Some(template) = self.template()? else {
             return match plain {
                 Some(text) => Ok(self.text(&text)?),
-                None => Err(DocumentError::new(
-                    &document.file,
-                    document.at,
-                    "`messages` need a chat template, and the model has none",
-                )
-                .hint("give `text`, or `prompt` and `completion`, for a base model")
-                .into()),
+                None => Err(no_template(document).into()),
             };
         };
         let turn = match messages.last() {
             Some(last) if last.role == "assistant" => AssistantTurn::Absent,
             _ => AssistantTurn::Open,
         };
-        let rendered = template.render(&messages, turn).map_err(|e| {
-            let said: Vec<_> =
-                e.fields().into_iter().map(|(label, v)| format!("{label} {v}")).collect();
-            DocumentError::new(
-                &document.file,
-                document.at,
-                "the chat template refuses a conversation",
-            )
-            .found(said.join(", "))
-        })?;
+        let rendered = template.render(&messages, turn).map_err(|e| refused(document, &e))?;
         Ok(self.tokenizer.encode(&rendered)?)
     }
 
     /// The chat template, looked for when the first conversation comes.
-    fn template(&self) -> Result<Option<&ChatTemplate>, TextError> {
+    pub(super) fn template(&self) -> Result<Option<&ChatTemplate>, TextError> {
         if self.template.get().is_none() {
             let found = match ChatTemplate::from_source(self.source, &self.tokenizer) {
                 Ok(template) => Some(template),
@@ -235,6 +220,21 @@ impl<'a> Encoder<'a> {
             .found(format!("{} tokens", ids.len()))
             .hint("this gate mode uses prompts whole, as mergekit does: split it"))
     }
+}
+
+/// A conversation for a model that cannot have one.
+pub(super) fn no_template(document: &Document) -> DocumentError {
+    let what = "`messages` need a chat template, and the model has none";
+    DocumentError::new(&document.file, document.at, what)
+        .hint("give `text`, or `prompt` and `completion`, for a base model")
+}
+
+/// A conversation that the model's template does not take.
+pub(super) fn refused(document: &Document, error: &TextError) -> DocumentError {
+    let said: Vec<_> =
+        error.fields().into_iter().map(|(label, v)| format!("{label} {v}")).collect();
+    DocumentError::new(&document.file, document.at, "the chat template refuses a conversation")
+        .found(said.join(", "))
 }
 
 /// The prompts of all experts as tokens; what was cut or left out is told in the notes.

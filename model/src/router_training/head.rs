@@ -1,5 +1,7 @@
 //! From the last stream to the loss and back, without ever holding all logits.
 
+use std::ops::Range;
+
 use moe_merge_kernels::{
     Exec, LogSumExp, MatView, dense, linear, linear_backward, rms_norm, rms_norm_backward, softmax,
 };
@@ -13,23 +15,27 @@ use crate::spec::Spec;
 const LOGITS: usize = 1 << 23;
 
 /// What predictions are compared with.
-pub(super) enum Target<'a> {
+pub(crate) enum Target<'a> {
     /// The tokens that come next: cross entropy.
     Next(&'a [u32]),
     /// The states of a teacher after the last norm, `[rows, hidden]`: divergence of the student from it.
     Teacher(&'a [f32]),
+    /// The same of a teacher that has its own head, with the same vocabulary.
+    Other(&'a [f32], &'a Head<'a>),
 }
 
 /// Last norm and head.
-pub(super) struct Head<'a> {
+pub(crate) struct Head<'a> {
     pub spec: &'a Spec,
     pub norm: &'a RmsNorm,
     /// `[vocab, hidden]`.
     pub weight: MatView<'a>,
+    /// How products with it are computed.
+    pub exec: Exec,
 }
 
 /// Losses of rows, and where it is wanted the gradient of their weighted sum.
-pub(super) struct Losses {
+pub(crate) struct Losses {
     /// In nats, `[rows]`.
     pub nats: Vec<f64>,
     /// With respect to the stream before the last norm, `[rows, hidden]`.
@@ -71,17 +77,20 @@ impl Head<'_> {
                     .enumerate()
                     .map(|(row, (logits, next))| self.surprise(logits, *next as usize, weight(row)))
                     .collect(),
-                Target::Teacher(teacher) => logits
-                    .par_chunks_mut(vocab)
-                    .zip(self.logits(&teacher[wide.clone()])?.par_chunks_mut(vocab))
-                    .enumerate()
-                    .map(|(row, (logits, teacher))| self.divergence(logits, teacher, weight(row)))
-                    .collect(),
+                Target::Teacher(_) | Target::Other(..) => {
+                    let mut taught = self.taught(target, part.clone())?;
+                    logits
+                        .par_chunks_mut(vocab)
+                        .zip(taught.par_chunks_mut(vocab))
+                        .enumerate()
+                        .map(|(row, (own, taught))| self.divergence(own, taught, weight(row)))
+                        .collect()
+                }
             };
             nats.extend(found);
             if let Some(d) = &mut d_states {
-                let exec = Exec::default();
-                linear_backward(&logits, self.weight, &mut d[wide], dense::Into::Overwrite, &exec)?;
+                let into = dense::Into::Overwrite;
+                linear_backward(&logits, self.weight, &mut d[wide], into, &self.exec)?;
             }
         }
         let gradient = match d_states {
@@ -96,10 +105,21 @@ impl Head<'_> {
         Ok(Losses { nats, gradient })
     }
 
+    /// Logits of the teacher for some rows.
+    fn taught(&self, target: &Target<'_>, rows: Range<usize>) -> Result<Vec<f32>, ModelError> {
+        let (states, head) = match *target {
+            Target::Next(_) => return Ok(Vec::new()),
+            Target::Teacher(states) => (states, self),
+            Target::Other(states, head) => (states, head),
+        };
+        let hidden = head.spec.hidden;
+        head.logits(&states[rows.start * hidden..rows.end * hidden])
+    }
+
     /// Logits as the model gives them, `[rows, vocab]`.
     fn logits(&self, states: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut logits = vec![0.0; states.len() / self.spec.hidden * self.spec.vocab];
-        linear(states, self.weight, None, &mut logits, &Exec::default())?;
+        linear(states, self.weight, None, &mut logits, &self.exec)?;
         let (divisor, cap) = (self.spec.logits_divisor, self.spec.final_softcap);
         if divisor != 1.0 || cap.is_some() {
             logits.par_iter_mut().for_each(|l| {

@@ -139,7 +139,8 @@ impl Network {
     }
 
     pub fn head(&self) -> Result<Head<'_>, ModelError> {
-        Ok(Head { spec: &self.spec, norm: &self.norm, weight: self.head.view()? })
+        let (spec, norm, exec) = (&self.spec, &self.norm, self.head.exec);
+        Ok(Head { spec, norm, weight: self.head.view()?, exec })
     }
 
     /// Windows one after the other in one matrix.

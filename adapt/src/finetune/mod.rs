@@ -1,0 +1,567 @@
+//! Fine-tune one expert of a MoE, or the MLPs of a dense model, and leave everything else as it is.
+//!
+//! Text is read while it is needed, sequences of any length are packed without padding, and gradients go into low-rank
+//! factors beside gate, up and down of the expert ([`moe_merge_model::expert_training`]). What comes out is a PEFT adapter,
+//! or the next generation of the model's folder with the factors merged into that expert's weights, rounded once.
+//!
+//! ```no_run
+//! use moe_merge_adapt::finetune::*;
+//! use moe_merge_checkpoint::Interrupt;
+//!
+//! let options = FinetuneOptions {
+//!     expert: Some("math".into()),
+//!     data: vec!["lessons.jsonl".into()],
+//!     ..FinetuneOptions::default()
+//! };
+//! let tuning = Finetune::prepare("models/moe", options)?;
+//! let output = Output::Adapter { dir: "math-adapter".into(), packing: Packing::Modules };
+//! let report = tuning.run(&output, &mut Silent)?;
+//! println!("{} steps", report.steps);
+//! # Ok::<(), FinetuneError>(())
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use moe_merge_checkpoint::generation::{Change, NewTensors, commit};
+use moe_merge_checkpoint::manifest::Manifest;
+use moe_merge_checkpoint::publish::{Replace, Staging};
+use moe_merge_checkpoint::write::Watch;
+use moe_merge_checkpoint::{CheckpointError, Source, SourceRef};
+use moe_merge_kernels::Accuracy;
+use moe_merge_merge::documents::{Encoder, expert_names};
+use moe_merge_merge::expert_texts;
+use moe_merge_merge::gates::TokenPrompts;
+use moe_merge_model::Spec;
+use moe_merge_model::expert_training::{FactorKind, FactorPlan, Goal, Lesson, Route, Trainee};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+mod adapter;
+mod batches;
+mod data;
+mod domains;
+mod error;
+mod options;
+mod record;
+mod state;
+mod train;
+mod trained;
+
+pub use adapter::Packing;
+pub use data::DataReport;
+pub use domains::DomainReport;
+pub use error::FinetuneError;
+pub use moe_merge_model::expert_training::optimise::{Optimiser, Schedule};
+pub use options::{FinetuneOptions, Output, Update};
+pub use state::{EvaluationRecord, StepRecord};
+pub use train::{Progress, Stopped, Training, Watcher};
+
+use adapter::Adapter;
+use data::Corpus;
+use domains::Domain;
+use train::{Kept, Run};
+
+/// Tokens of each domain on which a model is to stay as it was.
+const KEPT: usize = 20_000;
+
+/// Nobody watches.
+pub struct Silent;
+
+impl Watcher for Silent {
+    fn stage(&mut self, _: &str) {}
+    fn progress(&mut self, _: &Progress<'_>) {}
+}
+
+/// A model whose expert is to be trained, and the text, opened and checked.
+#[derive(Debug)]
+pub struct Finetune {
+    source: Source,
+    spec: Spec,
+    /// As a person wrote the model's path.
+    path: String,
+    /// Whether an adapter is on top of it.
+    adapted: bool,
+    /// Number and name of the expert, in a MoE.
+    expert: Option<(usize, String)>,
+    names: Vec<String>,
+    window: usize,
+    plan: FactorPlan,
+    options: FinetuneOptions,
+    /// The generation that was read.
+    generation: u32,
+}
+
+/// Where the result goes, ready for it.
+enum Place {
+    Adapter(Staging, Packing),
+    Model(Option<String>),
+}
+
+/// What a fine-tuning did.
+#[derive(Debug, Clone, Serialize)]
+pub struct FinetuneReport {
+    /// Adapter folder, or the model's own.
+    pub output: PathBuf,
+    /// The model's generation now, where it was changed.
+    pub generation: Option<u32>,
+    /// `model_type` of the model.
+    pub family: String,
+    /// Name of the expert; none in a dense model.
+    pub expert: Option<String>,
+    /// Layers with factors.
+    pub layers: Vec<usize>,
+    /// Numbers that were trained.
+    pub parameters: usize,
+    /// Steps made, those of earlier runs included.
+    pub steps: u64,
+    /// The step that the result is from.
+    pub best_step: u64,
+    /// Why it ended.
+    pub stopped: Stopped,
+    /// Tokens that went through the model in training.
+    pub tokens: u64,
+    /// Tokens per second, median over steps.
+    pub tokens_per_second: f64,
+    /// Loss of the first and of the last step.
+    pub loss: [f64; 2],
+    /// Loss on held-out text before the first step and at the best, in nats per token.
+    pub validation: Option<[f64; 2]>,
+    /// Share of the tokens that visited the expert, mean over layers and steps.
+    pub coverage: f64,
+    /// What the data are.
+    pub data: DataReport,
+    /// Perplexity of each domain before and after.
+    pub domains: Vec<DomainReport>,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Seconds in all.
+    pub seconds: f64,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+impl Finetune {
+    /// Opens the model and checks the options. Nothing is written.
+    ///
+    /// # Errors
+    /// [`FinetuneError`]: no model, no such expert, options out of range.
+    pub fn prepare(path: &str, options: FinetuneOptions) -> Result<Self, FinetuneError> {
+        options.check()?;
+        let reference: SourceRef = path.parse()?;
+        // The generation comes first: if the model is changed while it is read, the change that follows is refused.
+        let generation = Manifest::load(Path::new(path))?.map_or(0, |m| m.generation);
+        let source = Source::open(&reference, Path::new("."))?;
+        let spec = Spec::of(&source)?;
+        let experts = spec.moe_layers().map(|(_, moe)| moe.experts).min().unwrap_or(0);
+        let names = if experts > 0 { expert_names(&source.path, experts)? } else { Vec::new() };
+        let expert = find(&source.path, &names, options.expert.as_deref())?;
+        let window = options.window_of(spec.max_positions)?;
+        options.check_router(&spec)?;
+        let layers = options.layers_of(&spec)?;
+        let plan = FactorPlan {
+            kind: match options.update {
+                Update::LowRank { rank, .. } => FactorKind::LowRank(rank),
+                Update::Full => FactorKind::Full,
+            },
+            scale: options.update.scale(),
+            parts: options.parts.clone(),
+            layers,
+            seed: options.training.seed,
+        };
+        let (path, adapted) = (path.to_owned(), reference.lora.is_some());
+        Ok(Self { source, spec, path, adapted, expert, names, window, plan, options, generation })
+    }
+
+    /// Name of the expert; none in a dense model.
+    pub fn expert(&self) -> Option<&str> {
+        self.expert.as_ref().map(|(_, name)| name.as_str())
+    }
+
+    fn number(&self) -> Option<usize> {
+        self.expert.as_ref().map(|(number, _)| *number)
+    }
+
+    /// Trains, and writes what was learnt.
+    ///
+    /// # Errors
+    /// [`FinetuneError`]; the model is then as before, and there is no adapter.
+    pub fn run(
+        &self,
+        output: &Output,
+        watcher: &mut dyn Watcher,
+    ) -> Result<FinetuneReport, FinetuneError> {
+        let clock = Instant::now();
+        let place = self.place(output)?;
+        let file = self.state_file(output);
+        let encoder = Encoder::new(&self.source)?;
+        watcher.stage("reading text");
+        let interrupt = &self.options.interrupt;
+        let corpus = Corpus::open(&self.options.data, &encoder, self.window, interrupt)?;
+        let (documents, held_out) = self.split(&corpus, &encoder)?;
+        let (route, exec) = (self.options.route, self.options.exec);
+        let trainee = Trainee::open_with(&self.source, self.number(), route, exec)?;
+        let begun = self.begun(&corpus)?;
+        if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
+            train::fresh(file)?;
+        }
+        let state = match file.as_deref().filter(|f| f.exists()) {
+            Some(file) => state::State::load(file, &begun)?,
+            None => state::State::new(trainee.factors(&self.plan), begun),
+        };
+        if state.factors.pairs.is_empty() {
+            return Err(self.nothing_to_train());
+        }
+        let (model, batches) = self.kept(&encoder)?;
+        let keep = self.options.keep;
+        let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
+        let mut run = Run {
+            trainee: &trainee,
+            goal: Goal::NextToken,
+            kept,
+            corpus: &corpus,
+            documents,
+            held_out,
+            options: &self.options.training,
+            state,
+            file,
+            interrupt,
+        };
+        watcher.stage("training");
+        let mut log = record::Log::open(self.options.log.as_deref(), &run.state)?;
+        let stopped = run.go(&mut record::Recorder { log: &mut log, watcher })?;
+        watcher.stage("comparing domains");
+        let (domains, note) = self.domains(&encoder, &run.state.best)?;
+        watcher.stage("writing");
+        let mut report = self.report(&run.state, stopped, &corpus);
+        report.domains = domains;
+        report.warnings.extend(note);
+        if let Some(plot) = &self.options.plot {
+            record::plot(plot, &run.state)?;
+        }
+        self.write(place, &run.state, &mut report)?;
+        if let Some(file) = &run.file {
+            std::fs::remove_file(file).map_err(|e| CheckpointError::io("removing", file, e))?;
+        }
+        report.seconds = clock.elapsed().as_secs_f64();
+        Ok(report)
+    }
+
+    fn place(&self, output: &Output) -> Result<Place, FinetuneError> {
+        match output {
+            Output::Adapter { dir, packing } => {
+                let full = self.options.update == Update::Full;
+                adapter::check(full, &self.options.parts, &self.source.path)?;
+                Ok(Place::Adapter(Staging::new(dir, Replace::Never)?, *packing))
+            }
+            Output::Apply { message } if self.changeable() => Ok(Place::Model(message.clone())),
+            Output::Apply { .. } => Err(FinetuneError::NotAFolder { found: self.path.clone() }),
+        }
+    }
+
+    /// Whether the model is a folder of its own.
+    fn changeable(&self) -> bool {
+        self.source.path.is_dir() && !self.adapted
+    }
+
+    /// Where the state is kept: as said, else beside the adapter.
+    fn state_file(&self, output: &Output) -> Option<PathBuf> {
+        let beside = || match output {
+            Output::Adapter { dir, .. } => {
+                // Without the slash that may stand at its end.
+                let mut name = dir.components().collect::<PathBuf>().into_os_string();
+                name.push(".state");
+                Some(PathBuf::from(name))
+            }
+            Output::Apply { .. } => None,
+        };
+        self.options.state.clone().or_else(beside)
+    }
+
+    /// Documents to train on, and batches of text that is not.
+    fn split(
+        &self,
+        corpus: &Corpus<'_>,
+        encoder: &Encoder<'_>,
+    ) -> Result<(Vec<usize>, Vec<Vec<Lesson>>), FinetuneError> {
+        let tokens = self.options.validation_tokens;
+        let (seed, interrupt) = (self.options.training.seed, &self.options.interrupt);
+        let (train, lessons) = match &self.options.validation {
+            Some(file) => {
+                let files = std::slice::from_ref(file);
+                let other = Corpus::open(files, encoder, self.window, interrupt)?;
+                let all = (0..other.len()).collect();
+                ((0..corpus.len()).collect(), domains::first(&other, all, tokens)?)
+            }
+            None => {
+                let (train, held) = batches::hold_out(corpus.len(), self.options.hold_out, seed);
+                (train, domains::first(corpus, held, tokens)?)
+            }
+        };
+        Ok((train, domains::batched(lessons, self.options.training.batch_tokens)))
+    }
+
+    /// The model as it was, and text on which it is to stay so.
+    fn kept(
+        &self,
+        encoder: &Encoder<'_>,
+    ) -> Result<(Option<Trainee>, Vec<Vec<Lesson>>), FinetuneError> {
+        if self.options.keep == 0.0 {
+            return Ok((None, Vec::new()));
+        }
+        let o = &self.options;
+        let known = match o.keep_data.is_empty() {
+            true => self.remembered(encoder)?,
+            false => {
+                let named = o.keep_data.iter().map(|f| (f.display().to_string(), f.clone()));
+                let files: Vec<_> = named.collect();
+                domains::from_files(&files, encoder, self.window, KEPT, &o.interrupt)?
+            }
+        };
+        if known.is_empty() {
+            return Err(FinetuneError::Option {
+                name: "--keep",
+                expected: "text of the domains that the model knows".into(),
+                found: "no prompts in the model's folder, and no expert that can write some".into(),
+                hint: Some("name files with `--keep-data FILE...`".into()),
+            });
+        }
+        let batches = domains::mixed(&known, (o.training.batch_tokens / 2).max(2));
+        let model = Trainee::open_with(&self.source, self.number(), Route::Natural, o.exec)?;
+        Ok((Some(model), batches))
+    }
+
+    /// The prompts that the MoE was built with, and what its experts write themselves.
+    fn remembered(&self, encoder: &Encoder<'_>) -> Result<Vec<Domain>, FinetuneError> {
+        let o = &self.options;
+        let (stored, _) = domains::prompts(&self.source.path, encoder, &self.names, KEPT);
+        let lead = usize::from(encoder.tokenizer().bos().is_some());
+        let mut texts: Vec<(String, Vec<Vec<u32>>)> =
+            stored.iter().map(|(name, p)| (name.clone(), p.positive.clone())).collect();
+        let prompts: Vec<TokenPrompts> = stored.into_iter().map(|(_, p)| p).collect();
+        if o.keep_text > 0 {
+            let (tokenizer, amount) = (encoder.tokenizer(), (o.keep_text, o.training.seed));
+            let written = expert_texts(&self.source, &prompts, tokenizer, amount, &o.interrupt)?;
+            texts.resize(self.names.len(), Default::default());
+            for ((_, known), more) in texts.iter_mut().zip(written.unwrap_or_default()) {
+                known.extend(more);
+            }
+        }
+        Ok(domains::of_texts(texts, lead, KEPT))
+    }
+
+    /// What has to stay the same when a run goes on.
+    fn begun(&self, corpus: &Corpus<'_>) -> Result<Value, FinetuneError> {
+        Ok(json!({
+            "expert": self.number(),
+            "update": self.options.update,
+            "parts": self.options.parts,
+            "layers": [self.plan.layers.start, self.plan.layers.end],
+            "route": self.options.route,
+            "keep": self.options.keep,
+            "keep_data": self.options.keep_data,
+            "keep_text": self.options.keep_text,
+            "fast": self.options.exec.accuracy == Accuracy::Fast,
+            "window": self.window,
+            "training": self.options.training,
+            "hold_out": self.options.hold_out,
+            "validation": self.options.validation,
+            "data": format!("{:016x}", corpus.fingerprint()),
+            "generation": self.generation,
+        }))
+    }
+
+    fn nothing_to_train(&self) -> FinetuneError {
+        FinetuneError::Option {
+            name: "--layers",
+            expected: "at least one layer with experts".into(),
+            found: format!("{}..{}", self.plan.layers.start, self.plan.layers.end),
+            hint: None,
+        }
+    }
+
+    fn domains(
+        &self,
+        encoder: &Encoder<'_>,
+        factors: &moe_merge_model::expert_training::Factors,
+    ) -> Result<(Vec<DomainReport>, Option<String>), FinetuneError> {
+        let interrupt = &self.options.interrupt;
+        let tokens = self.options.evaluation_tokens;
+        let (domains, note) = match self.options.evaluation.is_empty() {
+            true => domains::stored(&self.source.path, encoder, &self.names, tokens),
+            false => {
+                let files = &self.options.evaluation;
+                (domains::from_files(files, encoder, self.window, tokens, interrupt)?, None)
+            }
+        };
+        Ok((domains::compare(&self.source, self.number(), factors, &domains, interrupt)?, note))
+    }
+
+    fn report(
+        &self,
+        state: &state::State,
+        stopped: Stopped,
+        corpus: &Corpus<'_>,
+    ) -> FinetuneReport {
+        let mut speeds: Vec<f64> = state.steps.iter().map(|s| s.tokens_per_second).collect();
+        speeds.sort_by(f64::total_cmp);
+        let losses = |e: Option<&StepRecord>| e.map_or(0.0, |s| s.loss);
+        let least = state.evaluations.iter().map(|e| e.loss).fold(f64::INFINITY, f64::min);
+        let count = state.steps.len().max(1) as f64;
+        let coverage = state.steps.iter().map(|s| s.coverage).sum::<f64>() / count;
+        let mut layers: Vec<usize> = state.best.pairs.keys().map(|(l, _)| *l).collect();
+        layers.dedup();
+        let mut warnings = self.source.notes.clone();
+        if coverage < 0.5 && self.options.route == Route::Natural {
+            warnings.push(format!(
+                "only {:.0} % of the tokens visit this expert: `--route forced` trains it on all of them",
+                100.0 * coverage
+            ));
+        }
+        FinetuneReport {
+            output: PathBuf::new(),
+            generation: None,
+            family: self.spec.family.into(),
+            expert: self.expert().map(str::to_owned),
+            layers,
+            parameters: state.best.parameters(),
+            steps: state.step,
+            best_step: state.best_step,
+            stopped,
+            tokens: state.steps.iter().map(|s| s.tokens).sum(),
+            tokens_per_second: speeds.get(speeds.len() / 2).copied().unwrap_or(0.0),
+            loss: [losses(state.steps.first()), losses(state.steps.last())],
+            validation: state.evaluations.first().map(|first| [first.loss, least]),
+            coverage,
+            data: corpus.report.clone(),
+            domains: Vec::new(),
+            bytes_written: 0,
+            seconds: 0.0,
+            warnings,
+        }
+    }
+
+    fn write(
+        &self,
+        place: Place,
+        state: &state::State,
+        report: &mut FinetuneReport,
+    ) -> Result<(), FinetuneError> {
+        let watch = Watch { interrupt: &self.options.interrupt, progress: &|_| {} };
+        match place {
+            Place::Adapter(staging, packing) => {
+                let adapter = Adapter {
+                    spec: &self.spec,
+                    expert: self.number(),
+                    factors: &state.best,
+                    base: &self.path,
+                    packing,
+                };
+                adapter.write(staging.path(), watch)?;
+                report.bytes_written = folder_bytes(staging.path())?;
+                report.output = staging.publish()?;
+            }
+            Place::Model(message) => {
+                let expert = self.number();
+                let tensors = trained::tensors(&self.source, &self.spec, expert, &state.best)?;
+                let role = expert.map_or("mlp".into(), |e| format!("expert-{e:02}"));
+                let (routers, own) = trained::routers_apart(&self.spec, tensors);
+                let mut files = vec![NewTensors { role, tensors: own }];
+                if !routers.is_empty() {
+                    files.push(NewTensors { role: "router".into(), tensors: routers });
+                }
+                let change = Change {
+                    action: "finetune",
+                    message: message.as_deref(),
+                    tensors: files,
+                    details: self.details(report)?,
+                    parent: Some(self.generation),
+                    ..Change::default()
+                };
+                let made = commit(&self.source.path, &change, watch)?;
+                report.output = self.source.path.clone();
+                report.generation = Some(made.number);
+                report.bytes_written = made.bytes_written;
+                report.warnings.extend(made.notes);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the journal keeps.
+    fn details(&self, report: &FinetuneReport) -> Result<Value, FinetuneError> {
+        Ok(json!({
+            "expert": self.number(),
+            "name": self.expert(),
+            "layers": report.layers,
+            "update": self.options.update,
+            "parts": self.options.parts,
+            "route": self.options.route,
+            "training": self.options.training,
+            "steps": report.steps,
+            "best_step": report.best_step,
+            "tokens": report.tokens,
+            "loss": report.loss,
+            "validation": report.validation,
+            "domains": report.domains,
+        }))
+    }
+}
+
+fn folder_bytes(folder: &Path) -> Result<u64, CheckpointError> {
+    let failed = |e| CheckpointError::io("listing", folder, e);
+    let mut sum = 0;
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        sum += entry.and_then(|e| e.metadata()).map_err(failed)?.len();
+    }
+    Ok(sum)
+}
+
+/// Number and name of the expert that a person means: names first, then numbers.
+fn find(
+    path: &Path,
+    names: &[String],
+    wanted: Option<&str>,
+) -> Result<Option<(usize, String)>, FinetuneError> {
+    let Some(text) = wanted.filter(|_| !names.is_empty()) else {
+        return match (wanted, names.is_empty()) {
+            (None, true) => Ok(None),
+            _ => Err(missing(path, names, wanted)),
+        };
+    };
+    let by_name = names.iter().position(|n| n == text);
+    let number = by_name.or_else(|| text.parse().ok().filter(|e| *e < names.len()));
+    let number = number.ok_or_else(|| missing(path, names, wanted))?;
+    Ok(Some((number, names[number].clone())))
+}
+
+fn missing(path: &Path, names: &[String], wanted: Option<&str>) -> FinetuneError {
+    let named = |(e, name): (usize, &String)| match *name == e.to_string() {
+        true => name.clone(),
+        false => format!("`{name}` ({e})"),
+    };
+    FinetuneError::NoExpert {
+        path: path.to_owned(),
+        found: wanted.unwrap_or_default().to_owned(),
+        experts: names.iter().enumerate().map(named).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_by_name_and_number() {
+        let names = ["prose", "1", "code"].map(String::from);
+        let found = |wanted| find(Path::new("m"), &names, wanted).map(|e| e.map(|e| e.0));
+        assert_eq!(found(Some("code")).unwrap(), Some(2));
+        assert_eq!(found(Some("0")).unwrap(), Some(0));
+        assert_eq!(found(Some("1")).unwrap(), Some(1));
+        for wanted in [Some("3"), Some("maths"), None] {
+            assert!(matches!(found(wanted), Err(FinetuneError::NoExpert { .. })), "{wanted:?}");
+        }
+        assert!(find(Path::new("m"), &[], None).unwrap().is_none());
+        assert!(find(Path::new("m"), &[], Some("0")).is_err());
+    }
+}

@@ -1,0 +1,456 @@
+//! A frozen model with factors: forward, loss, back.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use moe_merge_checkpoint::{Source, WeightRef};
+use moe_merge_kernels::{Exec, KernelError};
+
+use super::{
+    BatchGradient, FactorGradients, FactorPair, FactorPlan, Factors, GradientError, Lesson, Part,
+    Route,
+};
+use crate::error::ModelError;
+use crate::layer::{Adapted, Gating, Layer, OtherRouter, Passed, Past, norm};
+use crate::model::{Tables, check_length, embed, in_pool};
+use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
+use crate::probe::Batch;
+use crate::router_training::head::{Head, Losses, Target};
+use crate::spec::{Mlp, Spec};
+use crate::weights::Weights;
+
+/// What the loss is.
+#[derive(Debug, Clone, Copy)]
+pub enum Goal<'a> {
+    /// Cross entropy of the next token.
+    NextToken,
+    /// `KL(teacher, model)` of the next token's distribution. The teacher has the same vocabulary.
+    Teacher(&'a Trainee),
+}
+
+/// A frozen model, one of whose experts (or whose MLPs, if it is dense) is to get factors. Its weights are views.
+#[derive(Debug)]
+pub struct Trainee {
+    spec: Spec,
+    embedding: WeightRef,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: FrozenLinear,
+    expert: Option<usize>,
+    route: Route,
+}
+
+/// Asked between layers whether to give up.
+type Interrupted<'a> = dyn FnMut() -> bool + Send + 'a;
+
+/// What is kept of a layer for the walk back.
+struct Kept {
+    input: Tensor,
+    routed: Option<Tensor>,
+}
+
+/// The rows of a batch whose prediction counts.
+struct Places {
+    rows: Vec<usize>,
+    next: Vec<u32>,
+}
+
+impl Trainee {
+    /// Opens the model.
+    ///
+    /// * `expert`: for a MoE, the one that gets factors; none for a dense model
+    ///
+    /// # Errors
+    /// As [`crate::Model::open`]; [`ModelError::Expert`] if there is no such expert in a MoE layer.
+    pub fn open(source: &Source, expert: Option<usize>, route: Route) -> Result<Self, ModelError> {
+        Self::open_with(source, expert, route, Exec::default())
+    }
+
+    /// As [`Trainee::open`], with products computed as `exec` says, on the way back too; routers choose by exact ones.
+    ///
+    /// # Errors
+    /// As [`Trainee::open`].
+    pub fn open_with(
+        source: &Source,
+        expert: Option<usize>,
+        route: Route,
+        exec: Exec,
+    ) -> Result<Self, ModelError> {
+        let spec = Spec::of(source)?;
+        let fewest = spec.moe_layers().map(|(_, moe)| moe.experts).min();
+        if expert.map_or(fewest.is_some(), |e| e >= fewest.unwrap_or(0)) {
+            return Err(ModelError::Expert { expert, experts: fewest.unwrap_or(0) });
+        }
+        let weights = Weights::new(source, &spec)?.computed(exec);
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        Ok(Self {
+            layers: (0..spec.layers.len())
+                .map(|l| Layer::load(&weights, &spec, l))
+                .collect::<Result<_, _>>()?,
+            norm: norm(&weights, &spec, "model.norm.weight")?,
+            head: weights.frozen(head, None),
+            embedding,
+            spec,
+            expert,
+            route,
+        })
+    }
+
+    /// What the model is made of.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Rows and columns of a projection of `layer`; none where there is nothing to train: a dense layer of a MoE.
+    pub fn size(&self, layer: usize, part: Part) -> Option<(usize, usize)> {
+        if part == Part::Router {
+            let routed = self.expert.is_some() && self.route == Route::Natural;
+            let moe = matches!(self.spec.layers.get(layer)?.mlp, Mlp::Moe(_));
+            return (routed && moe).then_some((1, self.spec.hidden));
+        }
+        let inter = match (&self.spec.layers.get(layer)?.mlp, self.expert) {
+            (Mlp::Dense(mlp), None) => mlp.inter,
+            (Mlp::Moe(moe), Some(_)) => moe.inter,
+            _ => return None,
+        };
+        let hidden = self.spec.hidden;
+        Some(if part == Part::Down { (hidden, inter) } else { (inter, hidden) })
+    }
+
+    /// Factors before the first step: the model computes what it computed without them.
+    pub fn factors(&self, plan: &FactorPlan) -> Factors {
+        let mut pairs = BTreeMap::new();
+        for layer in plan.layers.clone() {
+            for part in &plan.parts {
+                if let Some(size) = self.size(layer, *part) {
+                    let at = (layer, *part);
+                    pairs.insert(at, FactorPair::new(plan, at, size));
+                }
+            }
+        }
+        Factors { scale: plan.scale, pairs }
+    }
+
+    /// Losses of the tokens that count, in the order of the lessons, in nats.
+    ///
+    /// # Errors
+    /// [`GradientError`].
+    pub fn losses(
+        &self,
+        factors: Option<&Factors>,
+        lessons: &[&Lesson],
+        goal: &Goal<'_>,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Vec<f64>, GradientError> {
+        in_pool(|| self.losses_of(factors, lessons, goal, interrupted))
+    }
+
+    fn losses_of(
+        &self,
+        factors: Option<&Factors>,
+        lessons: &[&Lesson],
+        goal: &Goal<'_>,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Vec<f64>, GradientError> {
+        let batch = self.batch(lessons)?;
+        let places = Places::of(lessons);
+        let stream = self.forward(&batch, factors, interrupted, |_, _, _| ())?;
+        Ok(self.loss(&stream, &places, lessons, goal, None, interrupted)?.nats)
+    }
+
+    /// Sum of the losses of the tokens that count, each times `weight`, and its gradient with respect to the factors.
+    ///
+    /// # Errors
+    /// [`GradientError`].
+    pub fn gradient(
+        &self,
+        factors: &Factors,
+        lessons: &[&Lesson],
+        goal: &Goal<'_>,
+        weight: f32,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<BatchGradient, GradientError> {
+        in_pool(|| self.gradient_of(factors, lessons, goal, weight, interrupted))
+    }
+
+    fn gradient_of(
+        &self,
+        factors: &Factors,
+        lessons: &[&Lesson],
+        goal: &Goal<'_>,
+        weight: f32,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<BatchGradient, GradientError> {
+        let batch = self.batch(lessons)?;
+        let places = Places::of(lessons);
+        let first = factors.pairs.keys().next().map_or(self.layers.len(), |(l, _)| *l);
+        let (mut kept, mut visits) = (Vec::new(), BTreeMap::new());
+        let stream = self.forward(&batch, Some(factors), interrupted, |l, input, passed| {
+            if l >= first {
+                kept.push(Kept { input: input.clone(), routed: passed.routed.clone() });
+            }
+            if let (Some(routing), Some(expert)) = (&passed.routing, self.expert) {
+                let expert = expert as u32;
+                visits.insert(l, routing.ids.iter().filter(|id| **id == expert).count());
+            }
+        })?;
+        let weights = vec![weight; places.rows.len()];
+        let losses = self.loss(&stream, &places, lessons, goal, Some(&weights), interrupted)?;
+        let nats: f64 = losses.nats.iter().sum();
+        if !nats.is_finite() {
+            return Err(GradientError::NotFinite { what: "the training loss".into() });
+        }
+        let hidden = self.spec.hidden;
+        let mut d_stream = vec![0.0; stream.elem_count()];
+        let d_rows = losses.gradient.unwrap_or_default();
+        for (row, d) in places.rows.iter().zip(d_rows.chunks_exact(hidden)) {
+            d_stream[row * hidden..(row + 1) * hidden].copy_from_slice(d);
+        }
+        let d_stream = Tensor::from_vec(d_stream, stream.shape(), &Device::Cpu)?;
+        let found = self.backward(&batch, factors, kept, d_stream, interrupted)?;
+        let tokens = batch.positions.len();
+        Ok(BatchGradient { nats, scored: places.rows.len(), factors: found, visits, tokens })
+    }
+
+    /// Sequences one after the other in one matrix.
+    fn batch(&self, lessons: &[&Lesson]) -> Result<Batch, ModelError> {
+        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for lesson in lessons {
+            check_length(&self.spec, lesson.tokens.len())?;
+            rows.push(tokens.len()..tokens.len() + lesson.tokens.len());
+            positions.extend(0..lesson.tokens.len() as u32);
+            tokens.extend_from_slice(&lesson.tokens);
+        }
+        let stream = embed(&self.spec, &self.embedding, &tokens)?;
+        Ok(Batch { rows, positions, stream })
+    }
+
+    fn head(&self) -> Result<Head<'_>, ModelError> {
+        let (spec, norm, exec) = (&self.spec, &self.norm, self.head.exec);
+        Ok(Head { spec, norm, weight: self.head.view()?, exec })
+    }
+
+    /// The stream after the last layer; `see` gets number, input and result of each layer.
+    fn forward(
+        &self,
+        batch: &Batch,
+        factors: Option<&Factors>,
+        interrupted: &mut Interrupted<'_>,
+        mut see: impl FnMut(usize, &Tensor, &Passed),
+    ) -> Result<Tensor, GradientError> {
+        let mut tables = Tables::new(&batch.positions);
+        let mut x = batch.stream.clone();
+        let forced = self.forced(batch);
+        for l in 0..self.layers.len() {
+            if interrupted() {
+                return Err(GradientError::Interrupted);
+            }
+            let own = factors.map(|f| f.of(l, self.expert.unwrap_or(0), false)).transpose()?;
+            let own = own.flatten();
+            let adapted = own.as_ref().map(|o| Adapted { factors: &o.factors, known: None });
+            let router = factors.map(|f| self.router(l, f, false)).transpose()?.flatten();
+            let gating = self.gating(l, forced.as_deref(), router.as_ref(), None);
+            let passed = self.layer(l, &x, &mut tables, batch, gating, adapted)?;
+            see(l, &x, &passed);
+            x = passed.stream;
+        }
+        Ok(x)
+    }
+
+    /// The router of a layer with the trained row of the expert; none where it is not trained.
+    fn router(
+        &self,
+        layer: usize,
+        factors: &Factors,
+        variable: bool,
+    ) -> Result<Option<Tensor>, GradientError> {
+        let Some(pair) = factors.pairs.get(&(layer, Part::Router)) else { return Ok(None) };
+        let (Some((_, router)), Some(expert)) = (self.layers[layer].router(), self.expert) else {
+            return Ok(None);
+        };
+        let view = router.view()?;
+        let (experts, hidden) = (view.rows(), view.cols());
+        let mut values = vec![0.0; experts * hidden];
+        for (row, out) in values.chunks_exact_mut(hidden.max(1)).enumerate() {
+            view.widen_row(row, out);
+        }
+        let rate = factors.scale * pair.b[0];
+        let own = &mut values[expert * hidden..(expert + 1) * hidden];
+        own.iter_mut().zip(&pair.a).for_each(|(w, a)| *w += rate * a);
+        let router = Tensor::from_vec(values, (experts, hidden), &Device::Cpu)?;
+        Ok(Some(if variable { Var::from_tensor(&router)?.into_inner() } else { router }))
+    }
+
+    /// Who chooses the experts in a layer: another router, nobody, or its own one.
+    fn gating<'a>(
+        &self,
+        layer: usize,
+        forced: Option<&'a [u32]>,
+        router: Option<&'a Tensor>,
+        known: Option<&'a Tensor>,
+    ) -> Gating<'a> {
+        match (forced, router, self.layers[layer].router()) {
+            (Some(ids), ..) => Gating::Forced(ids),
+            (None, Some(weights), Some((moe, _))) => {
+                Gating::Weights(OtherRouter { weights, top_k: moe.router.top_k, known })
+            }
+            _ => Gating::Stored,
+        }
+    }
+
+    /// The gradient of a router's row `a`, from that of the whole router.
+    fn router_gradient(
+        &self,
+        layer: usize,
+        factors: &Factors,
+        gradient: Option<&Tensor>,
+    ) -> Result<Vec<f32>, GradientError> {
+        let missing = || candle_core::Error::msg("no gradient reached a router");
+        let all = to_vec(gradient.ok_or_else(missing)?)?;
+        let pair = &factors.pairs[&(layer, Part::Router)];
+        let (rate, from) = (factors.scale * pair.b[0], self.expert.unwrap_or(0) * pair.input);
+        let row = all[from..from + pair.input].iter().map(|g| rate * g).collect::<Vec<f32>>();
+        if row.iter().any(|g| !g.is_finite()) {
+            let what = format!("the gradient of the router of layer {layer}");
+            return Err(GradientError::NotFinite { what });
+        }
+        Ok(row)
+    }
+
+    /// The expert of every token, where all visit one.
+    fn forced(&self, batch: &Batch) -> Option<Vec<u32>> {
+        let expert = self.expert.filter(|_| self.route == Route::Forced)?;
+        Some(vec![expert as u32; batch.positions.len()])
+    }
+
+    fn layer(
+        &self,
+        l: usize,
+        x: &Tensor,
+        tables: &mut Tables<'_>,
+        batch: &Batch,
+        gating: Gating<'_>,
+        adapted: Option<Adapted<'_>>,
+    ) -> Result<Passed, GradientError> {
+        let (layer, past) = (&self.layers[l], Past::None(&batch.rows));
+        let table = tables.of(layer.rope());
+        let passed = match adapted {
+            Some(adapted) => layer.forward_adapted(&self.spec, x, table, past, gating, adapted),
+            None => layer.forward_gated(&self.spec, x, table, past, gating),
+        };
+        passed.map_err(|e| match e {
+            ModelError::Router { layer, source: KernelError::NotFinite { .. } } => {
+                GradientError::NotFinite { what: format!("a router logit of layer {layer}") }
+            }
+            other => other.into(),
+        })
+    }
+
+    /// Losses of the rows that count and, with weights, the gradient of their weighted sum.
+    fn loss(
+        &self,
+        stream: &Tensor,
+        places: &Places,
+        lessons: &[&Lesson],
+        goal: &Goal<'_>,
+        weights: Option<&[f32]>,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Losses, GradientError> {
+        let rows = places.gather(stream, self.spec.hidden)?;
+        match goal {
+            Goal::NextToken => {
+                Ok(self.head()?.losses(&rows, &Target::Next(&places.next), weights)?)
+            }
+            Goal::Teacher(teacher) => {
+                let batch = teacher.batch(lessons)?;
+                let taught = teacher.forward(&batch, None, interrupted, |_, _, _| ())?;
+                let head = teacher.head()?;
+                let states = head.states(&places.gather(&taught, teacher.spec.hidden)?)?;
+                Ok(self.head()?.losses(&rows, &Target::Other(&states, &head), weights)?)
+            }
+        }
+    }
+
+    /// Back through the layers, each computed again from its input, down to the first one with factors.
+    fn backward(
+        &self,
+        batch: &Batch,
+        factors: &Factors,
+        mut kept: Vec<Kept>,
+        mut d_stream: Tensor,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<FactorGradients, GradientError> {
+        let mut found = FactorGradients::new();
+        let mut tables = Tables::new(&batch.positions);
+        let forced = self.forced(batch);
+        let first = self.layers.len() - kept.len();
+        for l in (first..self.layers.len()).rev() {
+            if interrupted() {
+                return Err(GradientError::Interrupted);
+            }
+            let Some(kept) = kept.pop() else { break };
+            let x =
+                if l > first { Var::from_tensor(&kept.input)?.into_inner() } else { kept.input };
+            let own = factors.of(l, self.expert.unwrap_or(0), true)?;
+            let known = kept.routed.as_ref();
+            let adapted = own.as_ref().map(|o| Adapted { factors: &o.factors, known });
+            let router = self.router(l, factors, true)?;
+            let gating = self.gating(l, forced.as_deref(), router.as_ref(), known);
+            let passed = self.layer(l, &x, &mut tables, batch, gating, adapted)?;
+            let root = passed.stream.apply_op1(KnownGradient(d_stream))?;
+            let mut gradients = root.backward()?;
+            for (part, tensors) in own.iter().flat_map(|o| &o.tensors) {
+                let gradient = |tensor: &Tensor| -> Result<Vec<f32>, GradientError> {
+                    if !tensor.is_variable() {
+                        return Ok(Vec::new());
+                    }
+                    let missing = || candle_core::Error::msg("no gradient reached a factor");
+                    let values = to_vec(gradients.get(tensor).ok_or_else(missing)?)?;
+                    if values.iter().any(|g| !g.is_finite()) {
+                        let what = format!("the gradient of `{}` of layer {l}", part.name());
+                        return Err(GradientError::NotFinite { what });
+                    }
+                    Ok(values)
+                };
+                found.insert((l, *part), [gradient(&tensors[0])?, gradient(&tensors[1])?]);
+            }
+            if let Some(router) = &router {
+                let gradient = gradients.get(router);
+                let row = self.router_gradient(l, factors, gradient)?;
+                found.insert((l, Part::Router), [row, Vec::new()]);
+            }
+            if l == first {
+                break;
+            }
+            let missing = || candle_core::Error::msg("no gradient reached a layer's input");
+            d_stream = gradients.remove(&x).ok_or_else(missing)?;
+        }
+        Ok(found)
+    }
+}
+
+impl Places {
+    fn of(lessons: &[&Lesson]) -> Self {
+        let mut places = Self { rows: Vec::new(), next: Vec::new() };
+        let mut from = 0;
+        for lesson in lessons {
+            for at in lesson.places() {
+                places.rows.push(from + at - 1);
+                places.next.push(lesson.tokens[at]);
+            }
+            from += lesson.tokens.len();
+        }
+        places
+    }
+
+    /// Those rows of `x [tokens, hidden]`.
+    fn gather(&self, x: &Tensor, hidden: usize) -> Result<Vec<f32>, ModelError> {
+        let all = to_vec(x)?;
+        let mut rows = Vec::with_capacity(self.rows.len() * hidden);
+        for row in &self.rows {
+            rows.extend_from_slice(&all[row * hidden..(row + 1) * hidden]);
+        }
+        Ok(rows)
+    }
+}
