@@ -44,7 +44,7 @@ fn the_files_of_a_generation_come_back() {
         assert_eq!((model_files(dir), values(dir)[0]), (states[2].clone(), 8.0), "{kind:?}");
         whole(dir);
         for (generation, value) in [(0, 1.0), (1, 7.0), (2, 8.0), (3, 7.0), (4, 1.0), (5, 8.0)] {
-            let then = super::super::open(dir, generation).unwrap();
+            let then = super::super::open_old(dir, generation).unwrap();
             assert_eq!(then.tensors[GATES[1]].to_f32().unwrap(), [value; 8], "{kind:?}");
             assert_eq!(then.tensors[SHARED].shape(), [4]);
         }
@@ -157,6 +157,6 @@ fn a_history_that_leads_out_of_the_folder_is_refused() {
     let error = back(&inner, None).unwrap_err().to_string();
     assert!(error.contains("outside the folder"), "{error}");
     assert!(!dir.path().join("outside.safetensors").exists());
-    assert!(super::super::open(&inner, 0).is_err());
+    assert!(super::super::open_old(&inner, 0).is_err());
     assert_eq!(values(&inner)[0], 7.0);
 }
