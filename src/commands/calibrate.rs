@@ -35,12 +35,14 @@ pub fn run(args: &CalibrateArgs, common: &Common) -> Result<Outcome, Failure> {
         seed: args.seed,
         interrupt: exit::interrupt().clone(),
     };
+    // Opened first: if the model is changed while it is read, approval is refused.
+    let moe = args.stage.then(|| Moe::open(&args.path)).transpose()?;
     let calibration = Calibration::prepare(&args.path, options)?;
     if args.dry_run {
         return plan(&calibration, args, common);
     }
-    if args.stage {
-        return stage(calibration, args, common);
+    if let Some(moe) = &moe {
+        return stage(moe, calibration, args, common);
     }
     let out = args.out.as_deref();
     let report = calibration.run(args.message.as_deref(), out, &Bars::new(common))?;
@@ -54,11 +56,11 @@ pub fn run(args: &CalibrateArgs, common: &Common) -> Result<Outcome, Failure> {
 
 /// Lets the new routers wait for approval.
 fn stage(
+    moe: &Moe,
     calibration: Calibration,
     args: &CalibrateArgs,
     common: &Common,
 ) -> Result<Outcome, Failure> {
-    let moe = Moe::open(&args.path)?;
     let fitted = calibration.fitted(&Bars::new(common))?;
     let change = Change {
         action: "calibrate",
@@ -69,7 +71,7 @@ fn stage(
         parent: Some(moe.generation()),
         ..Change::default()
     };
-    let report = moe_merge_adapt::propose(&moe, &change, exit::interrupt(), &|_| {})?;
+    let report = moe_merge_adapt::propose(moe, &change, exit::interrupt(), &|_| {})?;
     notes(&fitted.notes, common);
     notes(&report.warnings, common);
     match common.json {
