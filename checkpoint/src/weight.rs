@@ -41,6 +41,15 @@ pub trait Weight: Debug + Send + Sync {
         None
     }
 
+    /// Computes what its rows need to know about the whole of it, if it is a weight that is computed. Meant for a thread
+    /// outside of the thread pool, which it lets work; whoever leaves it out has the first rows wait for it.
+    ///
+    /// # Errors
+    /// As [`Weight::read_rows`].
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        Ok(())
+    }
+
     /// Tells that it will not be read again soon, so that its pages may leave memory.
     fn release(&self) {}
 }
@@ -287,6 +296,10 @@ impl Weight for RowSlice {
         Some(start + self.rows.start..start + self.rows.end)
     }
 
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -334,6 +347,10 @@ impl Weight for Retyped {
 
     fn origin(&self) -> (PathBuf, String) {
         self.inner.origin()
+    }
+
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
     }
 
     fn release(&self) {
@@ -393,6 +410,10 @@ impl Weight for PermutedRows {
         self.inner.origin()
     }
 
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -450,6 +471,10 @@ impl Weight for Stacked {
 
     fn origin(&self) -> (PathBuf, String) {
         self.parts.first().map_or_else(|| (PathBuf::new(), String::new()), |p| p.origin())
+    }
+
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.parts.iter().try_for_each(|p| p.prepare())
     }
 
     fn release(&self) {

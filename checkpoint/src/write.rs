@@ -302,6 +302,7 @@ impl<'a> ShardWriter<'a> {
 
     /// Numbers that have to be computed or rounded.
     fn computed(&mut self, tensor: &OutTensor) -> Result<(), CheckpointError> {
+        tensor.weight.prepare()?;
         let sizes = [tensor.weight.rows(), tensor.weight.cols()];
         let width = tensor.weight.cols() * tensor.dtype.size();
         let mut scratch = std::mem::take(&mut self.scratch);

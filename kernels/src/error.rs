@@ -31,6 +31,12 @@ pub enum KernelError {
         /// Column of the logits.
         expert: usize,
     },
+    /// An iteration did not end: its numbers are not finite.
+    #[error("{what} cannot be found: the numbers are not finite")]
+    Diverged {
+        /// What was looked for.
+        what: &'static str,
+    },
     /// An instruction set that does not exist, or that this processor does not have.
     #[error(
         "instruction set `{name}` {}; this processor has {}",

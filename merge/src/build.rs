@@ -23,10 +23,13 @@ use crate::recipe::{
     Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
 };
 use crate::self_text::{DEFAULT_TOKENS, Writing};
-use crate::write::{Provenance, write, write_dense};
-use crate::{dense, sources};
+use crate::sources;
+use crate::write::{Provenance, write};
 
+mod dense;
 mod parts;
+
+pub use dense::{DenseReport, PreparedDense};
 
 /// What a person asks for beside the recipe.
 #[derive(Debug, Clone)]
@@ -602,7 +605,7 @@ fn unchanged(expert: &Expert, base: &SourceSpec) -> bool {
 
 /// The base with the tensors outside its MLPs taken from a dense merge.
 fn with_attention(base: &Source, merge: &DenseRecipe, dir: &Path) -> Result<Source, MergeError> {
-    let merged = dense::dense(merge, dir)?;
+    let merged = crate::dense(merge, dir)?;
     let mut mixed = base.clone();
     for (name, weight) in &mut mixed.tensors {
         if !name.contains(".mlp.")
@@ -646,89 +649,4 @@ fn degenerate_line(layers: &[moe_merge_router::report::DegenerateGate]) -> Optio
         worst.layer,
         worst.condition
     ))
-}
-
-/// What a dense build did.
-#[derive(Debug, Clone, Serialize)]
-pub struct DenseReport {
-    /// The folder.
-    pub output: PathBuf,
-    /// Bytes of its files.
-    pub bytes: u64,
-    /// The merge method.
-    pub method: String,
-    /// Seconds it took.
-    pub seconds: f64,
-    /// What a person should know.
-    pub warnings: Vec<String>,
-}
-
-/// A dense merge whose sources are open and checked.
-#[derive(Debug)]
-pub struct PreparedDense {
-    source: Source,
-    /// Where it will be written.
-    pub target: PathBuf,
-    /// Bytes of its tensors.
-    pub bytes: u64,
-    method: &'static str,
-    dtype: Option<moe_merge_checkpoint::Dtype>,
-    provenance: Provenance,
-    options: BuildOptions,
-}
-
-impl PreparedDense {
-    /// Opens and checks everything that `recipe` names. Nothing is computed.
-    ///
-    /// # Errors
-    /// [`MergeError`] as [`dense::dense`].
-    pub fn new(
-        recipe: &DenseRecipe,
-        text: RecipeText<'_>,
-        options: BuildOptions,
-    ) -> Result<Self, MergeError> {
-        let source = dense::dense(recipe, text.folder())?;
-        let dtype = recipe.out_dtype.or(recipe.dtype);
-        let size = |w: &moe_merge_checkpoint::WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
-        Ok(Self {
-            bytes: source.tensors.values().map(size).sum(),
-            target: text.target(options.out.as_ref(), recipe.output.as_ref()),
-            method: recipe.method.name,
-            dtype,
-            provenance: Provenance {
-                recipe: Some(text.text.to_owned()),
-                dialect: Dialect::MergekitYaml,
-                ..Provenance::default()
-            },
-            source,
-            options,
-        })
-    }
-
-    /// Computes, writes, publishes.
-    ///
-    /// # Errors
-    /// [`MergeError`]; then there is no output.
-    pub fn build(mut self, observer: &dyn Observer) -> Result<DenseReport, MergeError> {
-        let clock = Instant::now();
-        let staging = Staging::new(&self.target, self.options.replace)?;
-        self.provenance.name =
-            self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
-        observer.stage(Stage::Write, self.bytes);
-        let progress = |bytes| observer.advance(bytes);
-        let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
-        let inputs = vec![("merged".to_owned(), &self.source)];
-        let written =
-            write_dense(&self.source, &inputs, self.dtype, &self.provenance, &staging, watch)?;
-        Ok(DenseReport {
-            output: {
-                staging.publish()?;
-                self.target.clone()
-            },
-            bytes: written.bytes,
-            method: self.method.into(),
-            seconds: clock.elapsed().as_secs_f64(),
-            warnings: self.source.notes.clone(),
-        })
-    }
 }

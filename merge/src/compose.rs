@@ -85,6 +85,10 @@ impl Weight for Adjusted {
         self.inner.origin()
     }
 
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -141,6 +145,10 @@ impl Weight for SideBySide {
         self.parts.first().map_or_else(|| (PathBuf::new(), String::new()), |p| p.origin())
     }
 
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.parts.iter().try_for_each(|p| p.prepare())
+    }
+
     fn release(&self) {
         self.parts.iter().for_each(|p| p.release());
     }
@@ -182,6 +190,10 @@ impl Weight for Rounded {
 
     fn origin(&self) -> (PathBuf, String) {
         self.inner.origin()
+    }
+
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
     }
 
     fn release(&self) {

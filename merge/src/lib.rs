@@ -39,6 +39,7 @@ mod self_text;
 mod sequential;
 mod sources;
 pub mod training;
+mod vocabulary;
 pub mod write;
 
 pub use dense::dense;

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use moe_merge_checkpoint::{Dtype, Source, SourceRef};
-use moe_merge_merge::methods;
 use moe_merge_merge::recipe::{self, Recipe};
 use moe_merge_testkit::{golden, shared};
 
@@ -17,7 +16,7 @@ fn merged(path: &Path) -> Source {
 const EXACT: &[&str] = &["passthrough", "linear_bf16", "linear_f32_out_f16"];
 
 #[test]
-fn every_recipe_whose_method_we_have() {
+fn every_recipe() {
     let Some(folder) = shared("golden/dense") else { return };
     let mut recipes: Vec<_> = fs_err::read_dir(&folder)
         .unwrap()
@@ -25,17 +24,9 @@ fn every_recipe_whose_method_we_have() {
         .filter(|p| p.extension().is_some_and(|e| e == "yaml"))
         .collect();
     recipes.sort();
-    let (mut compared, mut later) = (0, 0);
+    let mut compared = 0;
     for path in recipes {
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        let text = fs_err::read_to_string(&path).unwrap();
-        let method = text.lines().find_map(|l| l.strip_prefix("merge_method: ")).unwrap();
-        if methods::by_name(method).is_none() {
-            let errors = recipe::parse(&text, &path).unwrap_err();
-            assert!(errors.0[0].what.contains("not available in this version"), "{name}: {errors}");
-            later += 1;
-            continue;
-        }
         let result = merged(&path);
         let expected = golden::load(&folder.join(format!("out_{name}/model.safetensors")));
         let names: Vec<_> = result.tensors.keys().collect();
@@ -46,6 +37,10 @@ fn every_recipe_whose_method_we_have() {
             assert_eq!(weight.shape(), reference.shape, "{name} {tensor}");
             let values = weight.to_f32().unwrap();
             let difference = golden::relative_difference(&values, &reference.values);
+            if name == "arcee_fusion" {
+                fused(&folder, tensor, &values, &reference.values);
+                continue;
+            }
             worst = worst.max(difference);
             let bound = if EXACT.contains(&name.as_str()) { 0.0 } else { golden::MERGE_F32 };
             assert!(difference <= bound, "{name} {tensor}: {difference:e}");
@@ -59,7 +54,24 @@ fn every_recipe_whose_method_we_have() {
         println!("{name}: {worst:e}");
         compared += 1;
     }
-    assert_eq!((compared, later), (13, 18));
+    assert_eq!(compared, 31);
+}
+
+/// `arcee_fusion` decides by differences of nearly equal numbers: single ones at the threshold may fall to either side.
+fn fused(folder: &Path, tensor: &str, found: &[f32], expected: &[f64]) {
+    let one = |model: &str| golden::load(&folder.join(model).join("model.safetensors"));
+    let (base, other) = (one("base"), one("a"));
+    let (base, other) = (&base[tensor].values, &other[tensor].values);
+    let scale = expected.iter().fold(0f64, |m, v| m.max(v.abs()));
+    let near = |a: f64, b: f64| (a - b).abs() <= golden::MERGE_F32 * scale;
+    let mut flipped = 0;
+    for (i, (&f, &e)) in found.iter().zip(expected).enumerate() {
+        if !near(f.into(), e) {
+            assert!(near(f.into(), base[i]) || near(f.into(), other[i]), "{tensor} {i}: {f}");
+            flipped += 1;
+        }
+    }
+    assert!(flipped <= 1.max(found.len() / 1000), "{tensor}: {flipped} of {}", found.len());
 }
 
 #[test]
@@ -91,7 +103,19 @@ fn passthrough_keeps_the_bytes_in_place() {
 #[test]
 fn rows_in_any_order_are_the_same_rows() {
     let Some(folder) = shared("golden/dense") else { return };
-    for name in ["ties", "slerp", "linear", "task_arithmetic"] {
+    for name in [
+        "ties",
+        "slerp",
+        "linear",
+        "task_arithmetic",
+        "sce",
+        "arcee_fusion",
+        "nuslerp_base_rows",
+        "karcher",
+        "breadcrumbs_ties",
+        "ramplus_tl",
+        "model_stock_filter",
+    ] {
         let result = merged(&folder.join(format!("{name}.yaml")));
         let weight = &result.tensors["model.layers.1.mlp.down_proj.weight"];
         let all = merged(&folder.join(format!("{name}.yaml"))).tensors

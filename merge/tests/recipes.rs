@@ -372,9 +372,9 @@ fn mistakes_of_dense_recipes() {
             "merge_method",
         ),
         (
-            "merge_method: sce\nbase_model: a\nmodels: [{model: b}]",
-            "not available in this version",
-            "merge_method",
+            "merge_method: linear\nmodels: [{model: b}]\nparameters: {weight: {filter: a}}",
+            "is missing",
+            "parameters.weight.value",
         ),
         ("merge_method: linear", "neither `models` nor `slices`", ""),
         ("merge_method: ties\nmodels: [{model: b}]", "needs a `base_model`", "base_model"),
@@ -421,9 +421,29 @@ fn mistakes_of_dense_recipes() {
         ),
         ("models: [{model: b}]", "is missing", "merge_method"),
         (
-            "merge_method: linear\nmodels: [{model: b}]\ntokenizer: {source: union}",
-            "not supported",
-            "tokenizer",
+            "merge_method: linear\nmodels: [{model: b}]\ntokenizer: {source: union}\ntokenizer_source: base",
+            "both `tokenizer` and `tokenizer_source`",
+            "tokenizer_source",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: b}]\ntokenizer: {tokens: {x: {source: {kind: zer}}}}",
+            "unknown `kind`",
+            "tokenizer.tokens.x.source.kind",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: b}]\ntokenizer: {tokens: {x: {source: {model: m, token: a, token_id: 3}}}}",
+            "both `token` and `token_id`",
+            "tokenizer.tokens.x.source",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: b}]\ntokenizer: {pad_to_multiple_of: 0}",
+            "does not fit",
+            "tokenizer.pad_to_multiple_of",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: b}]\nchat_template: chatmll",
+            "unknown `chat_template`",
+            "chat_template",
         ),
     ];
     for (text, what, path) in cases {

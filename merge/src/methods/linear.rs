@@ -10,6 +10,7 @@ use super::{Base, Combine, Group, Method, Scope, flag, number, read, round};
 pub(super) const METHOD: Method = Method {
     name: "linear",
     summary: "weighted mean of the models",
+    formula: "sum w W, divided by sum w with `normalize`",
     parameters: &[
         number("weight", Scope::Model, None, "weight of this model"),
         flag("normalize", true, "divide by the sum of the weights"),

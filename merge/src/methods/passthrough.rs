@@ -10,6 +10,7 @@ use super::{Base, Combine, Group, Method, Scope, number, round};
 pub(super) const METHOD: Method = Method {
     name: "passthrough",
     summary: "layers of one model after another, as they are",
+    formula: "scale W",
     parameters: &[number("scale", Scope::Model, Some(1.0), "factor on the tensor")],
     base: Base::Ordinary,
     models: (1, 1),

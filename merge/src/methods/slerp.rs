@@ -2,18 +2,21 @@
 
 use std::ops::Range;
 
-use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_checkpoint::{CheckpointError, WeightRef};
 
-use super::{Base, Combine, Group, Method, Once, Scope, number, read, round, scan};
+use super::gram::{Gram, Weighted};
+use super::{Base, Combine, Group, Method, Scope, number};
 
 /// `sin((1-t) a)/sin(a) v0 + sin(t a)/sin(a) v1` with the angle `a` between the whole tensors, `v0` the base; straight
 /// interpolation where they are nearly (anti)parallel. In f32, rounded once.
 pub(super) const METHOD: Method = Method {
     name: "slerp",
     summary: "spherical interpolation between the base and one other model",
+    formula: "sin((1-t) a)/sin(a) B + sin(t a)/sin(a) W with the angle a between the whole tensors; \
+              (1-t) B + t W where |cos a| > 0.9995",
     parameters: &[number("t", Scope::Global, None, "0: the base, 1: the other model")],
     base: Base::Required,
-    models: (2, 2),
+    models: (1, 1),
     whole_tensor: true,
     source: "Shoemake 1985, Animating rotation with quaternion curves",
     build,
@@ -27,52 +30,52 @@ const ZERO_NORM: f64 = 1e-8;
 
 #[derive(Debug)]
 struct Slerp {
+    /// Where the base stands: 0 or 1.
     base: usize,
     t: f64,
-    dtype: Dtype,
-    coefficients: Once<[f32; 2]>,
+    sum: Weighted,
 }
 
 fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
-    let base = group.base.ok_or("the base is not among the models")?;
-    let (t, dtype) = (group.global[0], group.dtype);
-    Ok(Box::new(Slerp { base, t, dtype, coefficients: Once::default() }))
+    let (base, t) = (group.required_base()?, group.global[0]);
+    Ok(Box::new(Slerp { base, t, sum: Weighted::new(group, None) }))
 }
 
 /// Coefficients of `v0` and `v1` for the sums `[v0 v0, v1 v1, v0 v1]`.
-fn coefficients(t: f64, [aa, bb, ab]: [f64; 3]) -> [f32; 2] {
+fn coefficients(t: f64, [aa, bb, ab]: [f64; 3]) -> [f64; 2] {
     let norm = |square: f64| if square.sqrt() > ZERO_NORM { square.sqrt() } else { 1.0 };
     let cosine = (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0);
-    if cosine.abs() > PARALLEL {
-        return [(1.0 - t) as f32, t as f32];
-    }
+    if cosine.abs() > PARALLEL { [1.0 - t, t] } else { arc(t, cosine) }
+}
+
+/// `sin((1-t) a)/sin(a)` and `sin(t a)/sin(a)` for the cosine of `a`.
+pub(super) fn arc(t: f64, cosine: f64) -> [f64; 2] {
     let angle = cosine.acos();
-    [(((1.0 - t) * angle).sin() / angle.sin()) as f32, ((t * angle).sin() / angle.sin()) as f32]
+    [((1.0 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin()]
+}
+
+impl Slerp {
+    fn coefficients(&self, inputs: &[WeightRef]) -> Result<&[f32], CheckpointError> {
+        self.sum.coefficients(inputs, |gram: &Gram| {
+            let (a, b) = (self.base, 1 - self.base);
+            let found = coefficients(self.t, [gram.dot(a, a), gram.dot(b, b), gram.dot(a, b)]);
+            Ok(vec![found[self.base], found[1 - self.base]])
+        })
+    }
 }
 
 impl Combine for Slerp {
+    fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
+        self.coefficients(inputs).map(|_| ())
+    }
+
     fn rows(
         &self,
         inputs: &[WeightRef],
         rows: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
-        let (v0, v1) = (&inputs[self.base], &inputs[1 - self.base]);
-        let &[c0, c1] = self.coefficients.get(|| {
-            let mut sums = [0f64; 3];
-            scan(&[v0, v1], |_, blocks| {
-                for (&a, &b) in blocks[0].iter().zip(&blocks[1]) {
-                    let (a, b) = (a as f64, b as f64);
-                    sums = [sums[0] + a * a, sums[1] + b * b, sums[2] + a * b];
-                }
-            })?;
-            Ok(coefficients(self.t, sums))
-        })?;
-        v0.read_rows(rows.clone(), out)?;
-        for (o, b) in out.iter_mut().zip(read(v1, rows)?) {
-            *o = round(c0 * *o + c1 * b, self.dtype);
-        }
-        Ok(())
+        self.sum.rows(self.coefficients(inputs)?, inputs, rows, out)
     }
 }
 

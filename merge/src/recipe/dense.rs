@@ -11,6 +11,7 @@ use super::reader::{Object, Reader, join, nearest};
 use super::schema;
 use super::setting::Setting;
 use super::source::{Place, SourceSpec};
+use super::tokenizer::TokenizerSpec;
 use crate::methods::{self, Method, Scope};
 
 /// Parameter values by name, as one level of a recipe gives them.
@@ -27,12 +28,20 @@ pub struct DenseRecipe {
     pub parts: Parts,
     /// Parameters for everything.
     pub parameters: Parameters,
-    /// Dtype of the arithmetic; as stored by default.
+    /// Parameters that stand beside `models` or `slices` within a module: they come before those for everything.
+    pub module: Parameters,
+    /// Dtype that the models are rounded to, and of the arithmetic; as stored by default.
     pub dtype: Option<Dtype>,
-    /// Dtype of the output; that of the arithmetic by default.
+    /// Dtype of the arithmetic instead: models are taken as they are stored, and only the result is rounded.
+    pub compute: Option<Dtype>,
+    /// Dtype of the output; `dtype` by default.
     pub out_dtype: Option<Dtype>,
-    /// Whether the recipe names a common tokenizer: then all have to be the same file.
-    pub common_tokenizer: bool,
+    /// The vocabulary; without one all models need the same number of rows.
+    pub tokenizer: Option<Box<TokenizerSpec>>,
+    /// A name of [`CHAT_TEMPLATES`](super::CHAT_TEMPLATES), or Jinja text.
+    pub chat_template: Option<String>,
+    /// Seed of the random methods.
+    pub seed: u64,
     /// Shown in reports.
     pub name: Option<String>,
     /// Folder to write, as written.
@@ -81,25 +90,25 @@ impl Reader {
         let method = self.method(&object);
         let base_model = self.source_at(&object, "base_model");
         let parameters = self.parameters(&object, method, Level::Shared);
-        let parts = match (object.has("models"), object.has("slices")) {
-            (true, false) => Some(Parts::Models(self.models(&object, method))),
-            (false, true) => Some(Parts::Slices(self.slices(&object, method))),
-            (both, _) => {
-                let what = if both {
-                    "both `models` and `slices` are given"
-                } else {
-                    "neither `models` nor `slices` is given"
-                };
-                self.error(object.at, path, what).expected =
-                    Some("exactly one of `models` and `slices`".into());
-                None
-            }
+        let module = self.module(&object);
+        let within = match &module {
+            Some(Ok(module)) => module,
+            _ => &object,
         };
+        let module_parameters = match &module {
+            Some(Ok(module)) => self.parameters(module, method, Level::Shared),
+            _ => Parameters::new(),
+        };
+        let parts = if matches!(module, Some(Err(()))) { None } else { self.parts(within, method) };
         let dtype = self.dtype_at(&object, "dtype");
+        let compute = self.dtype_at(&object, "compute");
         let out_dtype = self.dtype_at(&object, "out_dtype");
-        if let Some((node, path)) = object.get("tokenizer_source") {
-            self.one_of(node, &path, &["base", "union"]);
-        }
+        let tokenizer = self.tokenizer(&object).map(Box::new);
+        let chat_template = self.chat_template(&object);
+        let seed = match object.get("seed") {
+            Some((node, path)) => self.integer(node, &path, 0..=u64::MAX).unwrap_or(0),
+            None => 0,
+        };
         let name = self.text_at(&object, "name");
         let output = self.output_at(&object);
         if let Some(method) = method
@@ -117,13 +126,64 @@ impl Reader {
             base_model,
             parts: parts?,
             parameters,
+            module: module_parameters,
             dtype,
+            compute,
             out_dtype,
-            common_tokenizer: object.has("tokenizer_source"),
+            tokenizer,
+            chat_template,
+            seed,
             name,
             output,
             place: self.place(node.at, path),
         })
+    }
+
+    /// The only entry of `modules`, where there is that key: what a model of one part calls `default`.
+    fn module<'a>(&mut self, object: &Object<'a>) -> Option<Result<Object<'a>, ()>> {
+        let (node, path) = object.get("modules")?;
+        if object.has("models") || object.has("slices") {
+            let error = self.error(node.at, &path, "`modules` stands beside `models` or `slices`");
+            error.expected = Some("exactly one of `models`, `slices` and `modules`".into());
+            return Some(Err(()));
+        }
+        match &node.value {
+            Value::Map(entries) if entries.len() == 1 => {
+                let (key, value) = &entries[0];
+                let path = join(&path, &key.text);
+                Some(self.object(value, &path, schema::MODULE, "a module").ok_or(()))
+            }
+            Value::Map(_) => {
+                let error =
+                    self.error(node.at, &path, "models of several modules are not supported");
+                error.expected = Some("one module, with `models` or `slices`".into());
+                error.hint =
+                    Some("merge the parts one by one, each model with the others left out".into());
+                Some(Err(()))
+            }
+            _ => {
+                self.wrong(node, &path, "a mapping of modules");
+                Some(Err(()))
+            }
+        }
+    }
+
+    /// `models` or `slices`, exactly one of them.
+    fn parts(&mut self, object: &Object, method: Option<&'static Method>) -> Option<Parts> {
+        match (object.has("models"), object.has("slices")) {
+            (true, false) => Some(Parts::Models(self.models(object, method))),
+            (false, true) => Some(Parts::Slices(self.slices(object, method))),
+            (both, _) => {
+                let what = if both {
+                    "both `models` and `slices` are given"
+                } else {
+                    "neither `models` nor `slices` is given"
+                };
+                self.error(object.at, &object.path, what).expected =
+                    Some("exactly one of `models` and `slices`".into());
+                None
+            }
+        }
     }
 
     /// The method under `merge_method`.
@@ -134,20 +194,7 @@ impl Reader {
             return Some(method);
         }
         let names: Vec<_> = methods::METHODS.iter().map(|m| m.name).collect();
-        if methods::LATER.contains(&text.as_str()) {
-            let what = format!("`merge_method: {text}` is not available in this version");
-            let error = self.error(node.at, &path, what);
-            error.expected = Some(format!("one of {}", names.join(", ")));
-            return None;
-        }
         self.unknown_name(node, &path, &text, &names);
-        if let Some(later) = nearest(&text, methods::LATER.iter().copied())
-            && let Some(error) = self.errors.last_mut()
-            && error.hint.is_none()
-        {
-            error.hint =
-                Some(format!("`{later}` is mergekit's name, not available in this version"));
-        }
         None
     }
 
@@ -249,7 +296,7 @@ impl Reader {
             if matches!(value.value, Value::Null) {
                 continue;
             }
-            if let Some(setting) = self.setting(value, &here, parameter.kind) {
+            if let Some(setting) = self.setting(value, &here, parameter.kind, parameter.range) {
                 found.insert(parameter.name, setting);
             }
         }

@@ -20,6 +20,8 @@ mod reader;
 mod schema;
 mod setting;
 mod source;
+mod stages;
+mod tokenizer;
 
 pub use dense::{DenseRecipe, Input, Parameters, Parts, Slice};
 pub use error::{Location, RecipeError, RecipeErrors};
@@ -29,6 +31,7 @@ pub use prompts::{ExpertFile, PromptList, prompt_lists};
 pub use schema::{Availability, Key, Shape, TABLES, json_schema};
 pub use setting::{ParameterKind, Setting};
 pub use source::{Place, SourceKind, SourceSpec};
+pub use tokenizer::{CHAT_TEMPLATES, RowSpec, TokenSpec, TokenizerSpec, VocabularySource};
 
 pub use reader::nearest;
 
@@ -44,7 +47,8 @@ pub enum Recipe {
     Dense(DenseRecipe),
 }
 
-/// Reads a recipe. `path` is its file: messages name it, and relative paths start from its folder.
+/// Reads a recipe. A text of several YAML documents is a recipe in stages: a model called like a document's `name` is that
+/// document's result, and the document without a name, else the last one, is the recipe. `path` is its file: messages name it, and relative paths start from its folder.
 ///
 /// Files that the recipe names (`prompts_file`, `evaluation`) are looked for and prompts are read; models are not
 /// opened.
@@ -53,8 +57,8 @@ pub enum Recipe {
 /// [`RecipeErrors`] with every mistake there is, in the order of the text.
 pub fn parse(text: &str, path: &Path) -> Result<Recipe, RecipeErrors> {
     let mut reader = Reader::new(path);
-    let node = match node::parse(text) {
-        Ok(node) => node,
+    let documents = match node::parse(text) {
+        Ok(documents) => documents,
         Err(e) => {
             let error = reader.error(e.at, "", "this is no valid YAML");
             if e.message.contains("tab") {
@@ -64,12 +68,13 @@ pub fn parse(text: &str, path: &Path) -> Result<Recipe, RecipeErrors> {
             return Err(RecipeErrors(reader.errors));
         }
     };
-    let recipe = recipe(&mut reader, &node, "");
+    let at = documents[0].at;
+    let recipe = stages::last(&mut reader, documents);
     match recipe {
         Some(recipe) if reader.errors.is_empty() => Ok(recipe),
         _ => {
             if reader.errors.is_empty() {
-                reader.error(node.at, "", "the recipe cannot be read");
+                reader.error(at, "", "the recipe cannot be read");
             }
             reader.errors.sort_by_key(|e| e.at);
             Err(RecipeErrors(reader.errors))

@@ -253,7 +253,7 @@ impl Reader {
         self.check_names(&experts, &shared_experts);
         let experts: Vec<Expert> = experts.into_iter().flatten().collect();
         let attention = match &base_model {
-            Some(base) => self.attention(&object, base, &experts),
+            Some(base) => self.attention(&object, base, &experts, seed.unwrap_or(0)),
             None => None,
         };
         (self.errors.len() == before).then_some(())?;
@@ -536,6 +536,7 @@ impl Reader {
         object: &Object,
         base: &SourceSpec,
         experts: &[Expert],
+        seed: u64,
     ) -> Option<Attention> {
         let Some((node, path)) = object.get("attention") else { return Some(Attention::Base) };
         let place = self.place(node.at, &path);
@@ -553,9 +554,13 @@ impl Reader {
                 base_model,
                 parts: Parts::Models(models),
                 parameters,
+                module: Parameters::new(),
                 dtype,
+                compute: None,
                 out_dtype: None,
-                common_tokenizer: false,
+                tokenizer: None,
+                chat_template: None,
+                seed,
                 name: Some("attention".into()),
                 output: None,
                 place: place.clone(),
@@ -577,7 +582,7 @@ impl Reader {
         let method = method?;
         let base_model = match method.base {
             Base::Required => own.or_else(|| Some(base.clone())),
-            Base::Ordinary => own,
+            Base::Optional | Base::Ordinary => own,
         };
         if method.parameters.iter().any(|p| p.name == "weight") && !object.has("models") {
             parameters.entry("weight").or_insert_with(|| Setting::constant(1.0));

@@ -42,23 +42,34 @@ pub(super) struct SyntaxError {
     pub message: String,
 }
 
-/// Reads one YAML document. Depth, number of values and the work of aliases are bounded.
-pub(super) fn parse(text: &str) -> Result<Node, SyntaxError> {
+/// Documents of one recipe, at most.
+const DOCUMENTS: usize = 64;
+
+/// Reads YAML documents, at least one. Depth, number of values and the work of aliases are bounded.
+pub(super) fn parse(text: &str) -> Result<Vec<Node>, SyntaxError> {
     if text.len() > LONGEST {
         let message = format!("longer than {} MiB: this is no recipe", LONGEST >> 20);
         return Err(SyntaxError { at: Location::default(), message });
     }
     let options = serde_saphyr::options! {
-        budget: serde_saphyr::budget! { max_depth: 32, max_documents: 1, max_nodes: 200_000 },
+        budget: serde_saphyr::budget! { max_depth: 32, max_documents: DOCUMENTS, max_nodes: 200_000 },
         with_snippet: false,
         non_finite_float_policy: serde_saphyr::NonFiniteFloatPolicy::PassThrough,
     };
-    let spanned: Spanned<Value> =
-        serde_saphyr::from_str_with_options(text, options).map_err(|e| SyntaxError {
+    let documents: Vec<Spanned<Value>> = serde_saphyr::from_multiple_with_options(text, options)
+        .map_err(|e| SyntaxError {
             at: e.location().map_or(Location::default(), place),
             message: e.without_snippet().to_string().lines().next().unwrap_or("?").to_owned(),
         })?;
-    Ok(Node::from(spanned))
+    let mut nodes: Vec<Node> = documents.into_iter().map(Node::from).collect();
+    // A separator at the end, or at the beginning, opens no document of its own.
+    if nodes.len() > 1 {
+        nodes.retain(|n| !matches!(n.value, Value::Null));
+    }
+    if nodes.is_empty() {
+        nodes.push(Node { at: Location::default(), value: Value::Null });
+    }
+    Ok(nodes)
 }
 
 fn place(at: serde_saphyr::Location) -> Location {
@@ -182,8 +193,8 @@ mod tests {
 
     #[test]
     fn every_value_knows_its_place() {
-        let Ok(node) = parse("a: 1\nb:\n  - x\n  - {c: 2.5}\n") else { panic!("parses") };
-        let Value::Map(entries) = node.value else { panic!("map") };
+        let Ok(nodes) = parse("a: 1\nb:\n  - x\n  - {c: 2.5}\n") else { panic!("parses") };
+        let [Node { value: Value::Map(entries), .. }] = nodes.as_slice() else { panic!("map") };
         assert_eq!((entries[0].1.at.line, entries[0].1.at.column), (1, 4));
         assert_eq!((entries[1].0.at.line, entries[1].0.at.column), (2, 1));
         let Value::List(items) = &entries[1].1.value else { panic!("list") };

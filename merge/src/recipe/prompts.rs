@@ -48,7 +48,7 @@ pub fn prompt_lists(text: &str, path: &Path) -> Result<Vec<PromptList>, RecipeEr
     let mut reader = Reader::new(path);
     let mut lists = Vec::new();
     match node::parse(text) {
-        Ok(node) => lists = reader.prompt_lists(&node),
+        Ok(documents) => lists = reader.prompt_lists(&documents[documents.len() - 1]),
         Err(e) => reader.error(e.at, "", "this is no valid YAML").found = Some(e.message),
     }
     if reader.errors.is_empty() { Ok(lists) } else { Err(RecipeErrors(reader.errors)) }

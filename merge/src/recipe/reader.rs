@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::error::{Location, RecipeError};
 use super::node::{Node, Value};
 use super::schema::{Availability, Key};
+use super::stages::Stage;
 
 /// Collects the mistakes of one recipe.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub(super) struct Reader {
     pub dir: PathBuf,
     /// Mistakes so far.
     pub errors: Vec<RecipeError>,
+    /// The documents of a recipe in stages.
+    pub stages: Vec<Stage>,
 }
 
 /// A mapping whose keys have been checked.
@@ -46,7 +49,7 @@ pub(super) fn join(path: &str, key: &str) -> String {
 impl Reader {
     pub fn new(file: &Path) -> Self {
         let dir = file.parent().unwrap_or(Path::new("")).to_owned();
-        Self { file: file.to_owned(), dir, errors: Vec::new() }
+        Self { file: file.to_owned(), dir, errors: Vec::new(), stages: Vec::new() }
     }
 
     /// Records a mistake; the caller fills in what was expected, found, and the hint.

@@ -5,6 +5,7 @@ use moe_merge_router::ESTIMATORS;
 use serde_json::{Map, Value, json};
 
 use super::moe::ARCHITECTURES;
+use super::tokenizer::CHAT_TEMPLATES;
 use crate::methods::METHODS;
 
 /// One key of a mapping.
@@ -67,6 +68,10 @@ pub enum Shape {
     Parameters,
     /// Names to files.
     Files,
+    /// A mapping of another table.
+    Object(&'static str),
+    /// Names to mappings of another table.
+    Map(&'static str),
     /// Mappings of another table.
     Objects(&'static str),
     /// A text or a mapping of another table.
@@ -121,6 +126,7 @@ pub const MOE: &[Key] = &[
     key("tokenizer", Shape::Name(|| vec!["base"]), "`base`: the base's tokenizer and vocabulary serve all, whatever the experts were trained with").default("all vocabularies have to be equal"),
     key("evaluation", Shape::Files, "text files by domain, for perplexity before and after").default("none"),
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
+    key("name", Shape::Text, "name of this stage, in a recipe of several documents").default("none"),
     key("seed", Shape::Integer(0), "seed of noise and of random gates").default("0"),
     key("allow_identical_experts", Shape::Bool, "build even though all experts are the same model, which is useless without training").default("false"),
     key("self_text", Shape::Integer(0), "tokens that each expert writes itself as calibration text; 0: none").default("as many as experts without prompts need"),
@@ -163,21 +169,44 @@ pub const DENSE: &[Key] = &[
     key("parameters", Shape::Parameters, "parameters for all models and layers")
         .default("the method's own"),
     key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
+    key(
+        "compute",
+        Shape::Dtype,
+        "dtype of the arithmetic, models taken as stored: `float32` rounds the result only once",
+    )
+    .default("`dtype`, rounded after each step as mergekit does"),
     key("out_dtype", Shape::Dtype, "dtype of the output").default("`dtype`"),
+    key("tokenizer", Shape::Object("tokenizer"), "the vocabulary of the result")
+        .default("that of `base_model`, else of the first model; all need the same number of rows"),
     key(
         "tokenizer_source",
         Shape::Name(|| vec!["base", "union"]),
-        "accepted while all tokenizers are the same file",
+        "older form of `tokenizer: {source: …}`: union, base, or a model",
     )
-    .default("the tokenizer of `base_model`, else of the first model"),
+    .default("none"),
+    key(
+        "chat_template",
+        Shape::Name(|| CHAT_TEMPLATES.to_vec()),
+        "a chat template by name, `auto` for the most frequent one, or Jinja text",
+    )
+    .default("that of the tokenizer"),
+    key("seed", Shape::Integer(0), "seed of the methods that choose by chance").default("0"),
     key("name", Shape::Text, "shown in reports").default("none"),
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
-    key("tokenizer", Shape::Any, "a new vocabulary")
-        .later(true, "models with one common vocabulary need none of it"),
-    key("chat_template", Shape::Any, "a new chat template")
-        .later(true, "the chat template of the base model is carried over; edit it in the output"),
-    key("modules", Shape::Any, "parts of models that have several")
-        .later(true, "use `models` or `slices`"),
+    key(
+        "modules",
+        Shape::Map("module"),
+        "the same as `models` or `slices`, within the one part that the models have",
+    )
+    .default("none"),
+];
+
+/// A part of the models of a dense merge recipe.
+pub const MODULE: &[Key] = &[
+    key("models", Shape::Objects("model"), "whole models").default("none"),
+    key("slices", Shape::Objects("slice"), "layers of models, one slice after the other")
+        .default("none"),
+    key("parameters", Shape::Parameters, "parameters for this part").default("the recipe's"),
 ];
 
 /// A model of a dense merge recipe.
@@ -213,6 +242,35 @@ pub const ATTENTION: &[Key] = &[
     key("dtype", Shape::Dtype, "dtype of the arithmetic").default("as the models are stored"),
 ];
 
+/// The vocabulary of a dense merge.
+pub const TOKENIZER: &[Key] = &[
+    key("source", Shape::Any, "`union`, `base`, or a model").default("union"),
+    key("tokens", Shape::Map("token"), "tokens whose rows come from elsewhere than the rules say")
+        .default("none"),
+    key(
+        "pad_to_multiple_of",
+        Shape::Integer(1),
+        "round the number of rows up to a multiple of this",
+    )
+    .default("no rounding"),
+];
+
+/// One token under `tokenizer.tokens`.
+pub const TOKEN: &[Key] = &[
+    key("source", Shape::Any, "a model that has the token, or where its row is")
+        .default("by the rules"),
+    key("force", Shape::Bool, "also for models that have the token").default("false"),
+];
+
+/// Where the row of a token is.
+pub const ROW: &[Key] = &[
+    key("kind", Shape::Name(|| vec!["model_token", "zero"]), "the row of a token, or zeros")
+        .default("model_token"),
+    key("model", Shape::Source, "the model").default("none, for `zero`"),
+    key("token", Shape::Text, "the token, by its text").default("none"),
+    key("token_id", Shape::Integer(0), "the token, by its number").default("none"),
+];
+
 /// The object form of a model reference.
 pub const SOURCE: &[Key] = &[
     key("model", Shape::Any, "folder, GGUF file or Hub name").required(),
@@ -234,10 +292,14 @@ pub const TABLES: &[(&str, &[Key])] = &[
     ("moe", MOE),
     ("expert", EXPERT),
     ("dense", DENSE),
+    ("module", MODULE),
     ("model", DENSE_MODEL),
     ("slice", SLICE),
     ("slice_source", SLICE_SOURCE),
     ("attention", ATTENTION),
+    ("tokenizer", TOKENIZER),
+    ("token", TOKEN),
+    ("row", ROW),
     ("source", SOURCE),
     ("path", PATH),
 ];
@@ -264,16 +326,37 @@ pub fn json_schema() -> Value {
         "required": ["value"],
         "additionalProperties": false,
     });
-    definitions.insert("parameters".into(), json!({
-        "type": "object",
-        "additionalProperties": {"anyOf": [gradient, filtered, {"type": "array", "items": filtered}]},
-    }));
+    let value = json!({"anyOf": [gradient, filtered, {"type": "array", "items": filtered}]});
+    definitions.insert(
+        "parameters".into(),
+        json!({
+            "type": "object",
+            "properties": method_parameters(&value),
+            "additionalProperties": false,
+        }),
+    );
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "moe-merge recipe",
         "anyOf": [{"$ref": "#/$defs/moe"}, {"$ref": "#/$defs/dense"}],
         "$defs": definitions,
     })
+}
+
+/// The parameters of all methods, each described for the methods that have it.
+fn method_parameters(value: &Value) -> Map<String, Value> {
+    let mut properties = Map::new();
+    for method in METHODS {
+        for p in method.parameters {
+            let entry = properties.entry(p.name).or_insert_with(|| value.clone());
+            let line = format!("{}: {}", method.name, p.doc);
+            match &mut entry["description"] {
+                Value::String(doc) => *doc = format!("{doc}; {line}"),
+                other => *other = line.into(),
+            }
+        }
+    }
+    properties
 }
 
 fn object(keys: &[Key]) -> Value {
@@ -323,6 +406,11 @@ fn shape(shape: &Shape) -> Map<String, Value> {
         Shape::Name(names) => json!({"type": "string", "examples": names()}),
         Shape::Parameters => json!({"allOf": [reference("parameters")]}),
         Shape::Files => json!({"type": "object", "additionalProperties": {"type": "string"}}),
+        Shape::Object(name) => json!({"allOf": [reference(name)]}),
+        Shape::Map(name) => json!({
+            "type": "object",
+            "additionalProperties": {"anyOf": [reference(name), {"type": "null"}]},
+        }),
         Shape::Objects(name) => json!({"type": "array", "items": reference(name)}),
         Shape::NameOr(names, name) => json!({"anyOf": [{"enum": names}, reference(name)]}),
         Shape::Any => json!({}),

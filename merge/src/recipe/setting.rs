@@ -75,9 +75,22 @@ const FILTERED: &[Key] = &[
     },
 ];
 
+/// What values are accepted.
+struct Wanted {
+    kind: ParameterKind,
+    range: (f64, f64),
+}
+
 impl Reader {
-    /// A parameter value in any of its forms.
-    pub fn setting(&mut self, node: &Node, path: &str, kind: ParameterKind) -> Option<Setting> {
+    /// A parameter value in any of its forms, every number within `range`.
+    pub fn setting(
+        &mut self,
+        node: &Node,
+        path: &str,
+        kind: ParameterKind,
+        range: (f64, f64),
+    ) -> Option<Setting> {
+        let kind = &Wanted { kind, range };
         let is_map = |n: &Node| matches!(n.value, Value::Map(_));
         let entries = match &node.value {
             Value::Map(_) => vec![self.filtered(node, path, kind)?],
@@ -90,17 +103,17 @@ impl Reader {
             }
             _ => vec![Entry { filter: None, values: self.gradient(node, path, kind)? }],
         };
-        Some(Setting { kind, entries })
+        Some(Setting { kind: kind.kind, entries })
     }
 
-    fn filtered(&mut self, node: &Node, path: &str, kind: ParameterKind) -> Option<Entry> {
+    fn filtered(&mut self, node: &Node, path: &str, kind: &Wanted) -> Option<Entry> {
         let object = self.object(node, path, FILTERED, "a filtered value")?;
         let filter = self.text_at(&object, "filter");
         let (value, path) = object.get("value")?;
         Some(Entry { filter, values: self.gradient(value, &path, kind)? })
     }
 
-    fn gradient(&mut self, node: &Node, path: &str, kind: ParameterKind) -> Option<Vec<f64>> {
+    fn gradient(&mut self, node: &Node, path: &str, kind: &Wanted) -> Option<Vec<f64>> {
         match &node.value {
             Value::List(items) => {
                 let values: Vec<_> = items
@@ -114,16 +127,26 @@ impl Reader {
         }
     }
 
-    fn scalar(&mut self, node: &Node, path: &str, kind: ParameterKind) -> Option<f64> {
-        match kind {
+    fn scalar(&mut self, node: &Node, path: &str, kind: &Wanted) -> Option<f64> {
+        match kind.kind {
             ParameterKind::Bool => self.boolean(node, path).map(|v| f64::from(u8::from(v))),
             ParameterKind::Number => {
                 let as_flag = || matches!(node.value, Value::Bool(_)).then(|| as_bool(node));
                 let value = as_number(node)
                     .or_else(|| as_flag().flatten().map(|v| f64::from(u8::from(v))))
                     .filter(|v| v.is_finite());
-                if value.is_none() {
-                    self.wrong(node, path, "a finite number, or a list of them");
+                let (least, greatest) = kind.range;
+                match value {
+                    Some(v) if v < least || v > greatest => {
+                        let expected = match greatest.is_finite() {
+                            true => format!("a number from {least} to {greatest}"),
+                            false => format!("a number, at least {least}"),
+                        };
+                        self.wrong(node, path, expected);
+                        return None;
+                    }
+                    None => self.wrong(node, path, "a finite number, or a list of them"),
+                    Some(_) => {}
                 }
                 value
             }

@@ -124,6 +124,9 @@ impl Reader {
             self.wrong(node, path, "a path or a Hub name");
             return None;
         }
+        if let Some(stage) = self.stage_called(node, path, text) {
+            return stage;
+        }
         let lower = text.to_ascii_lowercase();
         if lower.ends_with(".yaml") || lower.ends_with(".yml") {
             return Some(SourceKind::File(PathBuf::from(text)));

@@ -1,0 +1,101 @@
+//! Dense merges, from a recipe to a published folder.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use moe_merge_checkpoint::publish::Staging;
+use moe_merge_checkpoint::write::Watch;
+use moe_merge_checkpoint::{Dtype, Source, WeightRef};
+use serde::Serialize;
+
+use super::{BuildOptions, Observer, RecipeText, Stage};
+use crate::card::Dialect;
+use crate::error::MergeError;
+use crate::recipe::DenseRecipe;
+use crate::write::{Provenance, write_dense};
+
+/// What a dense build did.
+#[derive(Debug, Clone, Serialize)]
+pub struct DenseReport {
+    /// The folder.
+    pub output: PathBuf,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// The merge method.
+    pub method: String,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// A dense merge whose sources are open and checked.
+#[derive(Debug)]
+pub struct PreparedDense {
+    source: Source,
+    /// Where it will be written.
+    pub target: PathBuf,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    method: &'static str,
+    dtype: Option<Dtype>,
+    provenance: Provenance,
+    options: BuildOptions,
+}
+
+impl PreparedDense {
+    /// Opens and checks everything that `recipe` names. Nothing is computed.
+    ///
+    /// # Errors
+    /// [`MergeError`] as [`crate::dense`].
+    pub fn new(
+        recipe: &DenseRecipe,
+        text: RecipeText<'_>,
+        options: BuildOptions,
+    ) -> Result<Self, MergeError> {
+        let source = crate::dense(recipe, text.folder())?;
+        let dtype = recipe.out_dtype.or(recipe.dtype);
+        let size = |w: &WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
+        Ok(Self {
+            bytes: source.tensors.values().map(size).sum(),
+            target: text.target(options.out.as_ref(), recipe.output.as_ref()),
+            method: recipe.method.name,
+            dtype,
+            provenance: Provenance {
+                recipe: Some(text.text.to_owned()),
+                dialect: Dialect::MergekitYaml,
+                seed: recipe.seed,
+                ..Provenance::default()
+            },
+            source,
+            options,
+        })
+    }
+
+    /// Computes, writes, publishes.
+    ///
+    /// # Errors
+    /// [`MergeError`]; then there is no output.
+    pub fn build(mut self, observer: &dyn Observer) -> Result<DenseReport, MergeError> {
+        let clock = Instant::now();
+        let staging = Staging::new(&self.target, self.options.replace)?;
+        self.provenance.name =
+            self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
+        observer.stage(Stage::Write, self.bytes);
+        let progress = |bytes| observer.advance(bytes);
+        let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
+        let inputs = vec![("merged".to_owned(), &self.source)];
+        let written =
+            write_dense(&self.source, &inputs, self.dtype, &self.provenance, &staging, watch)?;
+        Ok(DenseReport {
+            output: {
+                staging.publish()?;
+                self.target.clone()
+            },
+            bytes: written.bytes,
+            method: self.method.into(),
+            seconds: clock.elapsed().as_secs_f64(),
+            warnings: self.source.notes.clone(),
+        })
+    }
+}

@@ -1,0 +1,86 @@
+//! The models of a dense merge, each opened once.
+
+use std::path::Path;
+
+use moe_merge_checkpoint::Source;
+
+use super::names::split;
+use crate::error::MergeError;
+use crate::recipe::{Place, Recipe, SourceKind, SourceSpec};
+use crate::sources::Trail;
+
+/// Models that have been opened, each once.
+pub(super) struct Models<'a> {
+    pub trail: &'a Trail,
+    pub base_dir: &'a Path,
+    pub opened: Vec<Opened>,
+}
+
+/// One of them.
+pub(super) struct Opened {
+    identity: String,
+    pub source: Source,
+    place: Place,
+    pub layers: usize,
+}
+
+impl Models<'_> {
+    /// Opens `spec` if it is not open; returns its place.
+    pub fn open(&mut self, spec: &SourceSpec) -> Result<usize, MergeError> {
+        let identity = self.identity(spec);
+        if let Some(found) = self.opened.iter().position(|m| m.identity == identity) {
+            return Ok(found);
+        }
+        let source = self.trail.open(spec, self.base_dir)?;
+        let in_names =
+            || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
+        let layers = source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0);
+        self.opened.push(Opened { identity, source, place: spec.place.clone(), layers });
+        Ok(self.opened.len() - 1)
+    }
+
+    /// The same text for the same model, however its path is spelt.
+    fn identity(&self, spec: &SourceSpec) -> String {
+        let resolved = |path: &Path| {
+            self.base_dir.join(path).canonicalize().unwrap_or_else(|_| path.to_owned())
+        };
+        match &spec.kind {
+            SourceKind::Model(m) => {
+                let lora = m.lora.as_ref().map(|l| resolved(l.as_ref()));
+                let model = resolved(m.model.as_ref());
+                format!("{model:?} {:?} {lora:?} {:?}", m.revision, m.lora_revision)
+            }
+            SourceKind::File(file) => format!("{:?}", resolved(file)),
+            // A stage is one model, wherever it is named.
+            SourceKind::Inline(recipe) => match recipe.as_ref() {
+                Recipe::Dense(dense) => format!("recipe at {}", dense.place),
+                Recipe::Moe(_) => format!("recipe at {}", spec.place),
+            },
+        }
+    }
+
+    pub fn check_families(&self, donor: usize) -> Result<(), MergeError> {
+        let first = &self.opened[donor];
+        for other in &self.opened {
+            let (a, b) = (first.source.config.model_type(), other.source.config.model_type());
+            if a != b {
+                return Err(MergeError::Incompatible {
+                    what: "models of different families cannot be merged".into(),
+                    first: first.source.label.clone(),
+                    second: other.source.label.clone(),
+                    expected: format!("model_type `{a}`"),
+                    found: format!("model_type `{b}`"),
+                    hint: "all models of a merge need one architecture".into(),
+                    recipe: Some(other.place.to_string()),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The opened model that `spec` means.
+    pub fn find(&self, spec: &SourceSpec) -> Option<usize> {
+        let identity = self.identity(spec);
+        self.opened.iter().position(|m| m.identity == identity)
+    }
+}

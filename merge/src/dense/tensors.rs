@@ -1,0 +1,235 @@
+//! The tensors of a dense merge: what goes into each, with which parameters.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
+
+use super::models::Models;
+use super::names::{EMBEDDING, HEAD, split};
+use super::slices::{Planned, PlannedInput};
+use crate::error::MergeError;
+use crate::methods::{self, Group, Scope};
+use crate::recipe::{DenseRecipe, Place, RecipeErrors};
+use crate::vocabulary::{Vocabulary, has_vocabulary_axis};
+
+/// Makes the tensors of the result.
+pub(super) struct Merge<'a, 'm> {
+    pub recipe: &'a DenseRecipe,
+    pub models: &'a Models<'m>,
+    pub vocabulary: Option<&'a Vocabulary>,
+    pub tensors: BTreeMap<String, WeightRef>,
+}
+
+impl Merge<'_, '_> {
+    fn source(&self, input: &PlannedInput) -> &Source {
+        &self.models.opened[input.model].source
+    }
+
+    /// Tensors outside the layers for which `wanted` holds.
+    pub fn loose(&mut self, slice: &Planned, wanted: fn(&str) -> bool) -> Result<(), MergeError> {
+        let of = |i: &PlannedInput| self.source(i).tensors.keys().cloned().collect::<Vec<_>>();
+        let names: BTreeSet<_> = slice.inputs.iter().flat_map(of).collect();
+        for name in names.into_iter().filter(|n| split(n).is_none() && wanted(n)) {
+            let inputs = vec![name.clone(); slice.inputs.len()];
+            self.tensor(slice, 0.0, &inputs, name)?;
+        }
+        Ok(())
+    }
+
+    /// Layer `layer` of the slice, as layer `output` of the result.
+    pub fn layer(
+        &mut self,
+        slice: &Planned,
+        layer: usize,
+        output: usize,
+    ) -> Result<(), MergeError> {
+        let mut names = BTreeSet::new(); // text before and after the layer number
+        for input in &slice.inputs {
+            let number = input.range.start + layer;
+            for name in self.source(input).tensors.keys() {
+                match split(name) {
+                    Some((l, head, tail)) if l == number => {
+                        names.insert((head.to_owned(), tail.to_owned()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let t = if slice.layers > 1 { layer as f64 / (slice.layers - 1) as f64 } else { 1.0 };
+        for (head, tail) in names {
+            let inputs: Vec<_> = slice
+                .inputs
+                .iter()
+                .map(|i| format!("{head}{}{tail}", i.range.start + layer))
+                .collect();
+            self.tensor(slice, t, &inputs, format!("{head}{output}{tail}"))?;
+        }
+        Ok(())
+    }
+
+    /// A tensor of one model, the embedding for a head that it does not have, in the rows of the common vocabulary.
+    fn input(&self, input: &PlannedInput, name: &str) -> Result<WeightRef, MergeError> {
+        let source = self.source(input);
+        let weight =
+            tensor_or_tied(source, name).ok_or_else(|| CheckpointError::MissingTensor {
+                file: source.path.clone(),
+                tensor: name.to_owned(),
+                nearest: None,
+            })?;
+        let Some(vocabulary) = self.vocabulary else { return Ok(weight.clone()) };
+        let rows = source.config.usize("vocab_size").unwrap_or(usize::MAX);
+        if !has_vocabulary_axis(name, weight.shape(), rows) {
+            return Ok(weight.clone());
+        }
+        let lender = |m: &super::models::Opened| tensor_or_tied(&m.source, name).cloned();
+        let lenders: Vec<Option<WeightRef>> = self.models.opened.iter().map(lender).collect();
+        for lender in lenders.iter().flatten() {
+            if lender.shape()[1..] != weight.shape()[1..] {
+                return Err(MergeError::Incompatible {
+                    what: format!("rows of `{name}` have different lengths in the models"),
+                    first: source.label.clone(),
+                    second: lender.origin().0.display().to_string(),
+                    expected: format!("{:?}", &weight.shape()[1..]),
+                    found: format!("{:?}", &lender.shape()[1..]),
+                    hint: "all models of a merge need the same sizes".into(),
+                    recipe: Some(input.place.to_string()),
+                });
+            }
+        }
+        Ok(vocabulary.map(input.model, weight.clone(), Arc::new(lenders)))
+    }
+
+    fn tensor(
+        &mut self,
+        slice: &Planned,
+        t: f64,
+        names: &[String],
+        output: String,
+    ) -> Result<(), MergeError> {
+        let method = self.recipe.method;
+        let mut inputs: Vec<WeightRef> = Vec::new();
+        for (input, name) in slice.inputs.iter().zip(names) {
+            let weight = self.input(input, name)?;
+            if let Some(first) = inputs.first()
+                && first.shape() != weight.shape()
+            {
+                return Err(self.shapes(slice, input, &output, first, &weight));
+            }
+            inputs.push(weight);
+        }
+        if method.whole_tensor && output.contains(".experts.") {
+            let what = format!("`{}` cannot merge MoE models in this version", method.name);
+            let mut error = self.recipe.place.error(what);
+            error.found = Some(format!("tensor `{output}`"));
+            error.hint = Some("`linear` and `task_arithmetic` merge MoE models".into());
+            return Err(RecipeErrors(vec![error]).into());
+        }
+        let stored = self.recipe.dtype.unwrap_or_else(|| common_dtype(&inputs));
+        let dtype = self.recipe.compute.unwrap_or(stored);
+        let group = Group {
+            base: slice.base,
+            own: self.own(slice, t, names)?,
+            global: self.global(slice, t, &output)?,
+            dtype,
+            out_dtype: self.recipe.out_dtype.unwrap_or(stored),
+            name: output.clone(),
+            seed: self.recipe.seed,
+            recipe: self.recipe.place.file.clone(),
+            inputs,
+        };
+        let weight = methods::merged(method, group).map_err(|reason| {
+            let mut error =
+                self.recipe.place.error(format!("`{}` cannot be computed", method.name));
+            error.found = Some(format!("tensor `{output}`: {reason}"));
+            RecipeErrors(vec![error])
+        })?;
+        self.tensors.insert(output, weight);
+        Ok(())
+    }
+
+    fn shapes(
+        &self,
+        slice: &Planned,
+        input: &PlannedInput,
+        tensor: &str,
+        first: &WeightRef,
+        second: &WeightRef,
+    ) -> MergeError {
+        let vocabulary = tensor.contains("embed_tokens") || tensor.contains("lm_head");
+        MergeError::Incompatible {
+            what: format!("`{tensor}` has different shapes in the models"),
+            first: self.source(&slice.inputs[0]).label.clone(),
+            second: self.source(input).label.clone(),
+            expected: format!("{:?}", first.shape()),
+            found: format!("{:?}", second.shape()),
+            hint: if vocabulary {
+                "the vocabularies differ: `tokenizer: {source: union}` makes a common one".into()
+            } else {
+                "all models of a merge need the same sizes".into()
+            },
+            recipe: Some(input.place.to_string()),
+        }
+    }
+
+    /// Values of the per-model parameters: source, slice, recipe, default; the first that is given.
+    fn own(
+        &self,
+        slice: &Planned,
+        t: f64,
+        names: &[String],
+    ) -> Result<Vec<Vec<f64>>, RecipeErrors> {
+        let mut all = Vec::new();
+        for (i, (input, name)) in slice.inputs.iter().zip(names).enumerate() {
+            let recipe = [Some(&self.recipe.module), Some(&self.recipe.parameters)];
+            let levels = [input.parameters, slice.parameters].into_iter().chain(recipe);
+            let levels: Vec<_> = levels.collect();
+            let mut values = Vec::new();
+            for p in self.recipe.method.parameters.iter().filter(|p| p.scope == Scope::Model) {
+                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, name));
+                match given.or(p.default) {
+                    Some(value) => values.push(value),
+                    None if slice.base == Some(i) => values.push(f64::NAN),
+                    None => return Err(self.missing(input.place, p.name, name)),
+                }
+            }
+            all.push(values);
+        }
+        Ok(all)
+    }
+
+    fn global(&self, slice: &Planned, t: f64, output: &str) -> Result<Vec<f64>, RecipeErrors> {
+        let recipe = &self.recipe;
+        let levels = [slice.parameters, Some(&recipe.module), Some(&recipe.parameters)];
+        let parameters = self.recipe.method.parameters.iter();
+        parameters
+            .filter(|p| p.scope == Scope::Global)
+            .map(|p| {
+                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, output));
+                let missing = || self.missing(&self.recipe.place, p.name, output);
+                given.or(p.default).ok_or_else(missing)
+            })
+            .collect()
+    }
+
+    fn missing(&self, place: &Place, parameter: &str, tensor: &str) -> RecipeErrors {
+        let what = format!("`{}` needs the parameter `{parameter}`", self.recipe.method.name);
+        let mut error = place.error(what);
+        error.found = Some(format!("no value for tensor `{tensor}`"));
+        error.hint = Some(format!(
+            "give `{parameter}` under `parameters:`, without a filter at the end of the list"
+        ));
+        RecipeErrors(vec![error])
+    }
+}
+
+fn tensor_or_tied<'s>(source: &'s Source, name: &str) -> Option<&'s WeightRef> {
+    let tied = || source.tensors.get(EMBEDDING).filter(|_| name == HEAD);
+    source.tensors.get(name).or_else(tied)
+}
+
+/// The stored dtype if all share it, else f32.
+fn common_dtype(inputs: &[WeightRef]) -> Dtype {
+    let first = inputs.first().map_or(Dtype::F32, |w| w.dtype());
+    if inputs.iter().all(|w| w.dtype() == first) { first } else { Dtype::F32 }
+}

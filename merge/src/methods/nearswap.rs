@@ -1,0 +1,53 @@
+//! `nearswap`: swaps in what is near.
+
+use std::ops::Range;
+
+use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+
+use super::{Base, Combine, Group, Method, Scope, number, read, round};
+
+/// `w W + (1-w) B`, `w = clamp(t / max(|B - W|, 1e-6), 0, 1)` for each number. Rounded to the dtype of the arithmetic after
+/// each step.
+pub(super) const METHOD: Method = Method {
+    name: "nearswap",
+    summary: "the base with the numbers of one other model where they are near",
+    formula: "w W + (1-w) B with w = clamp(t/max(|B - W|, 1e-6), 0, 1) for each number",
+    parameters: &[number("t", Scope::Global, None, "differences up to this are taken over whole")
+        .within(0.0, f64::INFINITY)],
+    base: Base::Required,
+    models: (1, 1),
+    whole_tensor: false,
+    source: "mergekit `merge_methods/nearswap.py`, by alchemonaut",
+    build,
+};
+
+#[derive(Debug)]
+struct NearSwap {
+    base: usize,
+    t: f32,
+    dtype: Dtype,
+}
+
+fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
+    let (base, t, dtype) = (group.required_base()?, group.global[0] as f32, group.dtype);
+    Ok(Box::new(NearSwap { base, t, dtype }))
+}
+
+impl Combine for NearSwap {
+    fn rows(
+        &self,
+        inputs: &[WeightRef],
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let dtype = self.dtype;
+        inputs[self.base].read_rows(rows.clone(), out)?;
+        for (o, v) in out.iter_mut().zip(read(&inputs[1 - self.base], rows)?) {
+            let distance = round((*o - v).abs(), dtype).max(1e-6);
+            let weight = round(self.t / distance, dtype).clamp(0.0, 1.0);
+            let rest = round(round(1.0 - weight, dtype) * *o, dtype);
+            *o = round(rest + round(weight * v, dtype), dtype);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,223 @@
+//! Which numbers of a task vector are kept.
+
+use blake3::Hasher;
+use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::order::{Cut, Keyed, magnitude};
+use super::{round, scan};
+
+/// How the numbers are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sparsifier {
+    /// All of them.
+    None,
+    /// The largest.
+    Magnitude,
+    /// The largest but for the very largest.
+    Outliers,
+    /// Each by chance, all alike.
+    Random,
+    /// Each by chance, larger ones of a row with a better one.
+    ByRank,
+}
+
+/// What is to be kept of one task vector.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    pub sparsifier: Sparsifier,
+    /// Share that is kept.
+    pub density: f64,
+    /// `gamma`: share of the largest that go; `epsilon`: half the spread of the chances in a row.
+    pub extra: f64,
+    /// Whether the sum of absolute values is restored.
+    pub rescale: bool,
+    /// Key of the random stream.
+    pub key: [u8; 32],
+}
+
+/// The key of the random stream for one tensor of one model.
+pub(super) fn key(seed: u64, tensor: &str, model: usize) -> [u8; 32] {
+    let mut hasher = Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    hasher.update(&(model as u64).to_le_bytes());
+    hasher.update(tensor.as_bytes());
+    *hasher.finalize().as_bytes()
+}
+
+/// What is kept of one task vector, and its factor.
+#[derive(Debug, Clone)]
+pub(super) struct Sparse {
+    keep: Keep,
+    scale: f32,
+}
+
+#[derive(Debug, Clone)]
+enum Keep {
+    All,
+    Nothing,
+    Largest(Cut),
+    /// Kept by the first cut, but not by the second.
+    Between(Cut, Cut),
+    Random {
+        key: [u8; 32],
+        density: f64,
+    },
+    ByRank {
+        key: [u8; 32],
+        density: f64,
+        epsilon: f64,
+    },
+}
+
+impl Wanted {
+    /// Finds out what is kept of `model - base`.
+    pub fn find(
+        &self,
+        model: &WeightRef,
+        base: &WeightRef,
+        dtype: Dtype,
+    ) -> Result<Sparse, CheckpointError> {
+        let everything = self.density >= 1.0 || self.sparsifier == Sparsifier::None;
+        if everything || model.is_empty() {
+            return Ok(Sparse { keep: Keep::All, scale: 1.0 });
+        }
+        let keep = self.choose(model, base, dtype)?;
+        let mut sparse = Sparse { keep, scale: 1.0 };
+        if self.rescale {
+            sparse.scale = restoring_factor(&sparse, model, base, dtype)?;
+        }
+        Ok(sparse)
+    }
+
+    fn choose(
+        &self,
+        model: &WeightRef,
+        base: &WeightRef,
+        dtype: Dtype,
+    ) -> Result<Keep, CheckpointError> {
+        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+            let pairs = blocks[0].iter().zip(&blocks[1]);
+            out.extend(pairs.map(|(w, b)| magnitude(round(w - b, dtype))));
+        };
+        let keyed = Keyed { inputs: &[model, base], keys };
+        let n = model.len() as f64;
+        let (key, density) = (self.key, self.density);
+        Ok(match self.sparsifier {
+            _ if density <= 0.0 && self.sparsifier != Sparsifier::Outliers => Keep::Nothing,
+            Sparsifier::None => Keep::All,
+            Sparsifier::Magnitude => {
+                let keep = ((density * n) as u64).max(1);
+                keyed.cuts(&[keep])?.first().map_or(Keep::Nothing, |c| Keep::Largest(*c))
+            }
+            Sparsifier::Outliers => {
+                let (all, target) = (model.len() as u64, (density * n) as u64);
+                let largest = (self.extra * n) as u64;
+                // Positions from the bottom: those below `from` go, and those from `from + target` on.
+                let from = all.saturating_sub(target).saturating_sub(largest);
+                match keyed.cuts(&[all - from, all - from - target])?.as_slice() {
+                    [low, high] => Keep::Between(*low, *high),
+                    _ => Keep::Nothing,
+                }
+            }
+            Sparsifier::Random => Keep::Random { key, density },
+            Sparsifier::ByRank => Keep::ByRank { key, density, epsilon: self.extra },
+        })
+    }
+}
+
+/// The sum of all absolute values over that of the kept ones; 1 where either is nearly zero.
+fn restoring_factor(
+    sparse: &Sparse,
+    model: &WeightRef,
+    base: &WeightRef,
+    dtype: Dtype,
+) -> Result<f32, CheckpointError> {
+    let cols = model.cols();
+    let parts = scan(
+        &[model, base],
+        |_| ([0f64; 2], Vec::new()),
+        |(sums, values), first, blocks| {
+            values.clear();
+            values.extend(blocks[0].iter().zip(&blocks[1]).map(|(w, b)| round(w - b, dtype)));
+            sums[0] += values.iter().map(|v: &f32| f64::from(v.abs())).sum::<f64>();
+            sparse.mask(first, cols, values);
+            sums[1] += values.iter().map(|v| f64::from(v.abs())).sum::<f64>();
+        },
+    )?;
+    let sum = |i: usize| parts.iter().map(|(sums, _)| sums[i]).sum::<f64>();
+    let (all, kept) = (sum(0), sum(1));
+    Ok(if all < 1e-7 || kept < 1e-7 { 1.0 } else { (all / kept) as f32 })
+}
+
+/// Words of a random stream that lie below this are a share `p` of all.
+fn threshold(p: f64) -> u64 {
+    (p.clamp(0.0, 1.0) * 4_294_967_296.0) as u64
+}
+
+impl Sparse {
+    /// Zeroes what is not kept and scales the rest. `values`: whole rows of differences from the flat index `first` on.
+    pub fn apply(&self, first: usize, cols: usize, dtype: Dtype, values: &mut [f32]) {
+        self.mask(first, cols, values);
+        if self.scale != 1.0 {
+            values.iter_mut().for_each(|v| *v = round(*v * self.scale, dtype));
+        }
+    }
+
+    fn mask(&self, first: usize, cols: usize, values: &mut [f32]) {
+        let keep = |values: &mut [f32], kept: &dyn Fn(u32, usize) -> bool| {
+            for (i, v) in values.iter_mut().enumerate() {
+                if !kept(magnitude(*v), first + i) {
+                    *v = 0.0;
+                }
+            }
+        };
+        match &self.keep {
+            Keep::All => {}
+            Keep::Nothing => values.fill(0.0),
+            Keep::Largest(cut) => keep(values, &|key, i| cut.keeps(key, i)),
+            Keep::Between(low, high) => {
+                keep(values, &|key, i| low.keeps(key, i) && !high.keeps(key, i));
+            }
+            Keep::Random { key, density } => {
+                let (mut rng, below) = (stream(*key, first), threshold(*density));
+                for v in values {
+                    if u64::from(rng.next_u32()) >= below {
+                        *v = 0.0;
+                    }
+                }
+            }
+            Keep::ByRank { key, density, epsilon } => {
+                let mut rng = stream(*key, first);
+                for row in values.chunks_mut(cols.max(1)) {
+                    by_rank(row, *density, *epsilon, &mut rng);
+                }
+            }
+        }
+    }
+}
+
+/// One word for each number of a tensor, from the one at `first` on.
+fn stream(key: [u8; 32], first: usize) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::from_seed(key);
+    rng.set_word_pos(first as u128);
+    rng
+}
+
+/// Keeps each number with the chance `density - epsilon + 2 epsilon rank/(n-1)`, `rank` by magnitude from 0.
+fn by_rank(row: &mut [f32], density: f64, epsilon: f64, rng: &mut ChaCha8Rng) {
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    order.sort_unstable_by_key(|&i| (magnitude(row[i as usize]), i));
+    let last = row.len() - 1;
+    let mut below = vec![0u64; row.len()];
+    for (rank, &i) in order.iter().enumerate() {
+        let place = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
+        below[i as usize] = threshold(density - epsilon + 2.0 * epsilon * place);
+    }
+    for (v, below) in row.iter_mut().zip(below) {
+        if u64::from(rng.next_u32()) >= below {
+            *v = 0.0;
+        }
+    }
+}
