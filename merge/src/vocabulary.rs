@@ -21,6 +21,8 @@ use rows::{Fill, Mapped};
 pub(crate) struct Vocabulary {
     /// Rows of the output, padding included.
     pub rows: usize,
+    /// Rows of the vocabulary of each opened model.
+    rows_of: Vec<usize>,
     /// Output rows that stand for a token.
     tokens: usize,
     /// Per opened model: row of each token, if it has one; `None` for a model that takes no part.
@@ -112,6 +114,7 @@ impl Vocabulary {
         let takes_part = |m: usize| m < members.count;
         Ok(Self {
             rows,
+            rows_of: files.iter().map(TokenizerFile::rows).collect(),
             tokens,
             own: own
                 .into_iter()
@@ -127,6 +130,11 @@ impl Vocabulary {
                 Vec::new()
             },
         })
+    }
+
+    /// Rows of the vocabulary of an opened model.
+    pub fn rows_of(&self, model: usize) -> usize {
+        self.rows_of[model]
     }
 
     /// `weight`, whose first axis are the rows of the vocabulary of `model`, with the rows of this vocabulary.

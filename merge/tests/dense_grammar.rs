@@ -311,6 +311,35 @@ fn rows_that_the_recipe_chooses() {
 }
 
 #[test]
+fn vocabularies_that_cannot_be_used() {
+    let folder = tempfile::tempdir().unwrap();
+    vocabularies(folder.path());
+    let text = format!("{LAST}tokenizer: {{}}\n");
+    let path = folder.path().join("z/tokenizer.json");
+    let stored = fs_err::read_to_string(&path).unwrap();
+    for (from, to, expected) in [
+        ("\"c\":0", "\"c\":4000000000", "the number 4000000000"),
+        ("\"vocab\"", "\"vocabulary\"", "no `model.vocab`"),
+        ("{", "[", "cannot be read"),
+    ] {
+        assert!(stored.contains(from), "{stored}");
+        fs_err::write(&path, stored.replacen(from, to, 1)).unwrap();
+        let error = merge(folder.path(), &text).unwrap_err();
+        assert!(format!("{error} {error:?}").contains(expected), "{error:?}");
+    }
+    fs_err::write(&path, stored).unwrap();
+    let config = folder.path().join("z/config.json");
+    let changed =
+        fs_err::read_to_string(&config).unwrap().replace("\"vocab_size\":5", "\"vocab_size\":9");
+    fs_err::write(&config, changed).unwrap();
+    let error = merge(folder.path(), &text).unwrap_err();
+    assert!(error.to_string().contains("does not fit the vocabulary"), "{error:?}");
+    fs_err::remove_file(folder.path().join("base/tokenizer.json")).unwrap();
+    let error = merge(folder.path(), &text).unwrap_err();
+    assert!(error.to_string().contains("no tokenizer to start from"), "{error:?}");
+}
+
+#[test]
 fn permuted_numbers_merge_as_if_they_were_aligned() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, words: [&str; 3], rows: [f32; 3]| {

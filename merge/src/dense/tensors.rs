@@ -78,21 +78,24 @@ impl Merge<'_, '_> {
                 nearest: None,
             })?;
         let Some(vocabulary) = self.vocabulary else { return Ok(weight.clone()) };
-        let rows = source.config.usize("vocab_size").unwrap_or(usize::MAX);
-        if !has_vocabulary_axis(name, weight.shape(), rows) {
+        if !has_vocabulary_axis(name, weight.shape(), vocabulary.rows_of(input.model)) {
             return Ok(weight.clone());
         }
-        let lender = |m: &super::models::Opened| tensor_or_tied(&m.source, name).cloned();
-        let lenders: Vec<Option<WeightRef>> = self.models.opened.iter().map(lender).collect();
-        for lender in lenders.iter().flatten() {
-            if lender.shape()[1..] != weight.shape()[1..] {
+        let mut lenders: Vec<Option<WeightRef>> = Vec::new();
+        for (m, opened) in self.models.opened.iter().enumerate() {
+            let lender = tensor_or_tied(&opened.source, name);
+            lenders.push(lender.cloned());
+            let expected = [&[vocabulary.rows_of(m)], &weight.shape()[1..]].concat();
+            if let Some(lender) = lender
+                && lender.shape() != expected
+            {
                 return Err(MergeError::Incompatible {
-                    what: format!("rows of `{name}` have different lengths in the models"),
+                    what: format!("`{name}` does not fit the vocabulary of its model"),
                     first: source.label.clone(),
-                    second: lender.origin().0.display().to_string(),
-                    expected: format!("{:?}", &weight.shape()[1..]),
-                    found: format!("{:?}", &lender.shape()[1..]),
-                    hint: "all models of a merge need the same sizes".into(),
+                    second: opened.source.label.clone(),
+                    expected: format!("{expected:?}"),
+                    found: format!("{:?}", lender.shape()),
+                    hint: "`vocab_size` is the number of its rows, and rows have one length in all models".into(),
                     recipe: Some(input.place.to_string()),
                 });
             }

@@ -6,6 +6,9 @@ use std::path::PathBuf;
 use moe_merge_checkpoint::{CheckpointError, SideContent, Source};
 use serde_json::{Map, Value, json};
 
+/// Numbers of tokens lie below this: a larger one is a mistake, and a list up to it would fill the memory.
+const LARGEST: u64 = 1 << 24;
+
 /// The vocabulary of a model, from its `tokenizer.json`.
 #[derive(Debug, Clone)]
 pub(super) struct TokenizerFile {
@@ -36,12 +39,12 @@ impl TokenizerFile {
         let json: Value =
             serde_json::from_slice(&file.read()?).map_err(|e| wrong(e.to_string()))?;
         let mut ids = HashMap::new();
-        let mut add = |text: &str, id: u64| match u32::try_from(id) {
-            Ok(id) => {
-                ids.entry(text.to_owned()).or_insert(id);
+        let mut add = |text: &str, id: u64| match id < LARGEST {
+            true => {
+                ids.entry(text.to_owned()).or_insert(id as u32);
                 Ok(())
             }
-            Err(_) => Err(wrong(format!("token `{text}` with the number {id}"))),
+            false => Err(wrong(format!("token `{text}` with the number {id}"))),
         };
         match &json["model"]["vocab"] {
             Value::Object(vocab) => {
