@@ -8,12 +8,14 @@ use moe_merge_kernels::Exec;
 
 mod change;
 mod finetune;
+mod merging;
 
 pub use change::{
     AddArgs, ApproveArgs, DiffArgs, DropArgs, ExtractArgs, HistoryArgs, RollbackArgs, Rows,
     SwapArgs,
 };
 pub use finetune::{FinetuneArgs, Optimiser, Packing, Route, Schedule, Target};
+pub use merging::*;
 
 /// Merge fine-tuned checkpoints of one base into a mixture-of-experts model.
 #[derive(Debug, Parser)]
@@ -151,6 +153,18 @@ pub enum Command {
     Finetune(FinetuneArgs),
     /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
     Export(ExportArgs),
+    /// Write the difference of two models as a LoRA adapter: the whole model, or one expert of a MoE
+    ExtractLora(ExtractLoraArgs),
+    /// Write a model whose layers are drawn by chance from several, or print it as a recipe
+    Layershuffle(LayershuffleArgs),
+    /// Merge files of tensors that are no models, by a dense recipe whose `model`s are `.safetensors` files
+    MergeTensors(MergeTensorsArgs),
+    /// Merge experts of a MoE with each other until so many are left in each layer
+    Shrink(ShrinkArgs),
+    /// Give a model the vocabulary of another one: rows of tokens it has stay, the others are made from them
+    Tokensurgeon(TokensurgeonArgs),
+    /// Write a dense model as a MoE of copies of itself, to be trained
+    Upcycle(UpcycleArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell

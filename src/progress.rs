@@ -15,6 +15,8 @@ pub enum Unit {
     Layers,
     /// Steps of a training.
     Steps,
+    /// Numbers in tensors.
+    Numbers,
 }
 
 /// A bar that shows what is done, what there is, and the time left.
@@ -35,6 +37,7 @@ impl Progress {
             Unit::Tokens => "{pos}/{len} tokens",
             Unit::Layers => "{pos}/{len} layers",
             Unit::Steps => "{pos}/{len} steps",
+            Unit::Numbers => "{human_pos}/{human_len} numbers",
         };
         let template = format!("{{bar:24}} {counts}  {{eta}} left  {{wide_msg}}");
         let style = ProgressStyle::with_template(&template);

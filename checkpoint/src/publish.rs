@@ -230,6 +230,9 @@ fn resolve(target: &Path) -> Result<PathBuf, CheckpointError> {
     }
 }
 
+/// What tells a model folder, or that of an adapter, from a person's other folders.
+const MARKS: [&str; 2] = ["config.json", "adapter_config.json"];
+
 fn check_target(target: &Path, replace: Replace) -> Result<(), CheckpointError> {
     let exists = || CheckpointError::OutputExists { path: target.to_owned() };
     let meta = match target.symlink_metadata() {
@@ -246,7 +249,7 @@ fn check_target(target: &Path, replace: Replace) -> Result<(), CheckpointError> 
     match replace {
         _ if empty => Ok(()),
         Replace::Never => Err(exists()),
-        Replace::Force if meta.is_dir() && target.join("config.json").is_file() => Ok(()),
+        Replace::Force if meta.is_dir() && MARKS.iter().any(|m| target.join(m).is_file()) => Ok(()),
         Replace::Force => Err(CheckpointError::NotAModel { path: target.to_owned() }),
     }
 }

@@ -12,7 +12,7 @@ use crate::folder;
 use crate::gguf;
 use crate::hub::{self, Hub, RepoKind};
 use crate::layout;
-use crate::shard::OtherTensor;
+use crate::shard::{self, OtherTensor};
 use crate::source_ref::SourceRef;
 use crate::weight::WeightRef;
 
@@ -120,6 +120,33 @@ impl Source {
         opened.notes.splice(0..0, notes);
         opened.label = source.to_string();
         Ok(opened)
+    }
+
+    /// Opens one safetensors file that need not be a model: its tensors, without a configuration.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if it is not there, not readable, or no safetensors file.
+    pub fn open_tensors(path: &Path) -> Result<Self, CheckpointError> {
+        if let Err(e) = path.metadata()
+            && e.kind() == std::io::ErrorKind::NotFound
+        {
+            return Err(CheckpointError::NotFound {
+                hint: not_found_hint(path),
+                path: path.to_owned(),
+            });
+        }
+        let shard = shard::open(path)?;
+        let weights = shard.weights.into_iter().map(|(n, w)| (n, Arc::new(w) as WeightRef));
+        Ok(Self {
+            label: path.display().to_string(),
+            path: path.to_owned(),
+            config: ConfigJson::default(),
+            tensors: weights.collect(),
+            other: shard.other,
+            files: vec![path.to_owned()],
+            side: Vec::new(),
+            notes: Vec::new(),
+        })
     }
 
     /// The three steps of opening: the file format, the layout of its experts, the adapter on top.

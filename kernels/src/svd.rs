@@ -148,25 +148,36 @@ fn subspace(
     orthonormalise(&mut basis, small);
     let mut single = vec![0f32; width * small];
     let mut images = vec![0f32; width * large];
-    let mut found = 0.0;
-    for step in 0.. {
-        single.iter_mut().zip(&basis).for_each(|(s, b)| *s = *b as f32);
+    let (mut found, mut steps) = (0.0, 0);
+    loop {
+        narrow(&basis, &mut single);
         matmul(Dense::new(&single, width, small)?, a, &mut images, Into::Overwrite)?;
         let Eigen { values, vectors } = symmetric_eigen(gram(&images, width, large)?, width)?;
+        // Turned so that each row comes near to one direction: small ones then do not drown in the rounding of large ones.
+        let turn = Dense::new(&vectors, width, width)?;
+        let before = std::mem::replace(&mut basis, vec![0.0; width * small]);
+        matmul(turn, Dense::new(&before, width, small)?, &mut basis, Into::Overwrite)?;
         let energy: f64 = values[..rank].iter().sum();
-        if energy - found <= TOLERANCE * energy || step == MOST_STEPS {
-            let mut out = vec![0.0; rank * small];
-            let turn = Dense::new(&vectors[..rank * width], rank, width)?;
-            matmul(turn, Dense::new(&basis, width, small)?, &mut out, Into::Overwrite)?;
-            return Ok(out);
+        steps += 1;
+        if energy - found <= TOLERANCE * energy || steps == MOST_STEPS {
+            basis.truncate(rank * small);
+            return Ok(basis);
         }
         found = energy;
+        let mut turn = vec![0f32; width * width];
+        narrow(&vectors, &mut turn);
+        let before = std::mem::replace(&mut images, vec![0.0; width * large]);
+        let turn = Dense::new(&turn, width, width)?;
+        matmul(turn, Dense::new(&before, width, large)?, &mut images, Into::Overwrite)?;
         let image = Dense::new(&images, width, large)?;
         matmul(image, a.transposed(), &mut single, Into::Overwrite)?;
         basis.iter_mut().zip(&single).for_each(|(b, s)| *b = f64::from(*s));
         orthonormalise(&mut basis, small);
     }
-    Ok(Vec::new())
+}
+
+fn narrow(from: &[f64], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(t, f)| *t = *f as f32);
 }
 
 /// Makes rows orthonormal: Gram and Schmidt, each row twice. A row that lies in the span of those before it is replaced.

@@ -12,15 +12,12 @@ use rand_chacha::ChaCha8Rng;
 
 /// `scale * (weight + noise * N(0, 1))`, in f32.
 ///
-/// The normal numbers of a tensor come from a ChaCha stream keyed by the BLAKE3 hash of seed and name, two 32-bit words per
-/// pair of numbers (Box-Muller): any range of rows can be had alone, on any thread, with the same result.
-///
 /// # Source
 /// mergekit `moe/common.py::noise_and_scale`. Differs: noise has a stream of its own per tensor, one rounding at the end.
 #[derive(Debug, Clone)]
 pub struct Adjusted {
     inner: WeightRef,
-    key: [u8; 32],
+    normals: Normals,
     noise: f32,
     scale: f32,
 }
@@ -28,13 +25,30 @@ pub struct Adjusted {
 impl Adjusted {
     /// Adds `noise` times a normal number to each value of `inner`, then multiplies by `scale`.
     pub fn new(inner: WeightRef, seed: u64, name: &str, noise: f32, scale: f32) -> Self {
+        Self { inner, normals: Normals::new(seed, name), noise, scale }
+    }
+}
+
+/// Normal numbers, one for each place in a tensor.
+///
+/// They come from a ChaCha stream keyed by the BLAKE3 hash of seed and name, two 32-bit words per pair of numbers
+/// (Box-Muller): any range can be had alone, on any thread, with the same result.
+#[derive(Debug, Clone)]
+pub(crate) struct Normals {
+    key: [u8; 32],
+}
+
+impl Normals {
+    /// The numbers of the tensor `name`.
+    pub fn new(seed: u64, name: &str) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&seed.to_le_bytes());
         hasher.update(name.as_bytes());
-        Self { inner, key: *hasher.finalize().as_bytes(), noise, scale }
+        Self { key: *hasher.finalize().as_bytes() }
     }
 
-    fn add_noise(&self, first: usize, out: &mut [f32]) {
+    /// Adds `scale` times those from place `first` on.
+    pub fn add(&self, first: usize, scale: f32, out: &mut [f32]) {
         let mut rng = ChaCha8Rng::from_seed(self.key);
         rng.set_word_pos(2 * (first as u128 / 2));
         let mut pair = [0.0; 2];
@@ -43,7 +57,7 @@ impl Adjusted {
             if i == 0 || index.is_multiple_of(2) {
                 pair = normal_pair(rng.next_u32(), rng.next_u32());
             }
-            *value += self.noise * pair[index % 2];
+            *value += scale * pair[index % 2];
         }
     }
 }
@@ -73,7 +87,7 @@ impl Weight for Adjusted {
         let first = rows.start * self.inner.cols();
         self.inner.read_rows(rows, out)?;
         if self.noise != 0.0 {
-            self.add_noise(first, out);
+            self.normals.add(first, self.noise, out);
         }
         if self.scale != 1.0 {
             out.iter_mut().for_each(|v| *v *= self.scale);

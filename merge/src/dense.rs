@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use moe_merge_checkpoint::{ConfigJson, SideContent, SideFile, Source, WeightRef};
+use moe_merge_checkpoint::{ConfigJson, SideContent, SideFile, Source, WeightRef, layout};
 use serde_json::Value;
 
 use crate::error::MergeError;
+use crate::experts::{ExpertMatch, MoeInputs};
 use crate::recipe::{
     DenseRecipe, Parts, Place, RecipeErrors, RowSpec, SourceSpec, TokenizerSpec, VocabularySource,
 };
@@ -15,8 +16,11 @@ use crate::vocabulary::{Members, Vocabulary, with_template};
 
 mod models;
 mod names;
+mod raw;
 mod slices;
 mod tensors;
+
+pub use raw::{Missing, raw, write_tensors};
 
 use models::Models;
 use names::{HEAD, after_layers};
@@ -37,13 +41,34 @@ pub fn dense(recipe: &DenseRecipe, base_dir: &Path) -> Result<Source, MergeError
     dense_in(&Trail::starting_at(&recipe.place.file), recipe, base_dir)
 }
 
+/// As [`dense`], with how the experts of MoE models were matched.
+///
+/// # Errors
+/// As [`dense`].
+pub(crate) fn dense_matched(
+    recipe: &DenseRecipe,
+    base_dir: &Path,
+) -> Result<(Source, Vec<ExpertMatch>), MergeError> {
+    merge_in(&Trail::starting_at(&recipe.place.file), recipe, base_dir)
+}
+
 /// As [`dense`], within other recipes.
 pub(crate) fn dense_in(
     trail: &Trail,
     recipe: &DenseRecipe,
     base_dir: &Path,
 ) -> Result<Source, MergeError> {
-    let mut models = Models { trail, base_dir, opened: Vec::new() };
+    Ok(merge_in(trail, recipe, base_dir)?.0)
+}
+
+fn merge_in(
+    trail: &Trail,
+    recipe: &DenseRecipe,
+    base_dir: &Path,
+) -> Result<(Source, Vec<ExpertMatch>), MergeError> {
+    let fuse = recipe.method.whole_tensor;
+    let experts = MoeInputs::new(recipe.match_experts, fuse);
+    let mut models = Models { trail, base_dir, opened: Vec::new(), experts, files: false };
     let donor = match (&recipe.base_model, first_source(recipe)) {
         (Some(base), _) => models.open(base)?,
         (None, Some(first)) => models.open(first)?,
@@ -55,6 +80,7 @@ pub(crate) fn dense_in(
         None => None,
     };
     models.check_families(donor)?;
+    let matches = std::mem::take(&mut models.experts.matches);
     let (models, vocabulary) = (&models, vocabulary.as_ref());
     let mut merge = Merge { recipe, models, vocabulary, tensors: BTreeMap::new() };
     let mut offset = 0;
@@ -70,15 +96,19 @@ pub(crate) fn dense_in(
             merge.loose(slice, after_layers)?;
         }
     }
-    let tensors = merge.tensors;
+    let mut tensors = merge.tensors;
     let donor = &models.opened[donor].source;
+    if fuse {
+        tensors = layout::canonical(tensors, &donor.config)?;
+    }
     let mut files = Vec::new();
     for file in models.opened.iter().flat_map(|m| &m.source.files) {
         if !files.contains(file) {
             files.push(file.clone());
         }
     }
-    Ok(Source {
+    let matched = matches.iter().map(ExpertMatch::note);
+    let source = Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),
         config: config(recipe, models, donor, &slices, vocabulary, &tensors),
@@ -89,8 +119,9 @@ pub(crate) fn dense_in(
         },
         files,
         side: side_files(recipe, models, donor, vocabulary)?,
-        notes: models.opened.iter().flat_map(|m| m.source.notes.clone()).collect(),
-    })
+        notes: models.opened.iter().flat_map(|m| m.source.notes.clone()).chain(matched).collect(),
+    };
+    Ok((source, matches))
 }
 
 /// The vocabulary that `spec` asks for; opens the models that lend rows to it.

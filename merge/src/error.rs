@@ -56,6 +56,20 @@ pub enum MergeError {
         /// Place in the recipe, where it is known: `recipe.yaml:9:5  experts[2].source_model`.
         recipe: Option<String>,
     },
+    /// A value given on the command line, or by a program, that cannot be used.
+    #[error("{what}")]
+    Argument {
+        /// What is wrong, in one line.
+        what: String,
+        /// The option, as it is typed.
+        name: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+        /// What to do.
+        hint: Option<String>,
+    },
     /// What is wrong with a source, and where the recipe names it.
     #[error("{error}")]
     At {
@@ -99,7 +113,7 @@ impl Explain for MergeError {
             Self::Documents(e) => e.kind(),
             Self::Training(e) => e.kind(),
             Self::Router { .. } => Kind::Usage,
-            Self::Incompatible { .. } => Kind::Usage,
+            Self::Incompatible { .. } | Self::Argument { .. } => Kind::Usage,
             Self::At { error, .. } => error.kind(),
         }
     }
@@ -122,6 +136,11 @@ impl Explain for MergeError {
                 fields.extend(recipe.iter().map(|r| ("recipe", r.clone())));
                 fields
             }
+            Self::Argument { name, expected, found, .. } => vec![
+                ("option", name.clone()),
+                ("expected", expected.clone()),
+                ("found", found.clone()),
+            ],
             Self::At { error, recipe } => {
                 let mut fields = error.fields();
                 fields.push(("recipe", recipe.clone()));
@@ -140,6 +159,7 @@ impl Explain for MergeError {
             Self::Training(e) => e.hint(),
             Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
+            Self::Argument { hint, .. } => hint.clone(),
             Self::At { error, .. } => error.hint(),
         }
     }

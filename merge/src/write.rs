@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 use crate::card::{self, Dialect};
 use crate::config_out::{dense_config, generation_config};
 use crate::error::MergeError;
+use crate::experts::ExpertRoles;
 use crate::plan::{Assembly, Content, Gates, Plan, PlannedTensor, Role};
 
 /// How the output came to be, for its manifest and its card.
@@ -35,6 +36,10 @@ pub struct Provenance {
     pub seed: u64,
     /// Lines of Markdown for the card: predicted load, perplexity.
     pub report: Vec<String>,
+    /// What the output is, for the card; by default what it is made by.
+    pub title: Option<String>,
+    /// Names of the experts of a merge of MoE models; their numbers by default.
+    pub experts: Vec<String>,
     /// `license` of the card's header, if known.
     pub license: Option<String>,
 }
@@ -80,7 +85,8 @@ pub fn write(
     finish(staging, &assembly.base, config, &title, provenance, manifest, files)
 }
 
-/// Writes a dense model into `staging`: the tensors of `source` as they are or as they are computed, rounded to `dtype`.
+/// Writes a merged model into `staging`: the tensors of `source` as they are or as they are computed, rounded to `dtype`.
+/// A dense model is cut into shards as usual, a MoE by role, as [`write()`] does it.
 ///
 /// * `inputs`: what went in, for manifest and card, each with its role
 ///
@@ -104,39 +110,59 @@ pub fn write_dense(
         })
         .collect();
     let bytes: u64 = tensors.iter().map(OutTensor::size).sum();
-    let parts = split(tensors, SHARD_LIMIT);
-    let count = parts.len();
-    let shards: Vec<ShardPlan> = parts
-        .into_iter()
-        .enumerate()
-        .map(|(i, tensors)| {
-            let name = match count {
-                1 => "model.safetensors".to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-            };
-            ShardPlan { name: ShardName::Fixed(name), tensors }
-        })
-        .collect();
+    let experts = ExpertRoles::of(source);
+    let shards = match &experts {
+        Some(experts) => by_role(tensors.into_iter().map(|t| (experts.role(&t.name), t))),
+        None => numbered(tensors),
+    };
+    let single = matches!(&shards[..], [shard] if matches!(shard.name, ShardName::Fixed(_)));
     let (shards, sources) = write_and_hash(&shards, inputs, bytes, staging, watch)?;
     let mut files = Vec::new();
-    if count > 1 {
+    if !single {
         files.push(write_index(staging.path(), &shards)?);
     }
     files.extend(shards.into_iter().map(|s| s.file));
     let config = dense_config(&source.config, dtype);
-    let manifest = Manifest { family: "dense".into(), ..manifest(provenance, sources) };
-    finish(staging, source, config, "dense merge", provenance, manifest, files)
+    let mut manifest = Manifest { family: "dense".into(), ..manifest(provenance, sources) };
+    if let Some(experts) = experts {
+        manifest.family = source.config.model_type().into();
+        manifest.experts = match provenance.experts.len() == experts.count {
+            true => provenance.experts.clone(),
+            false => (0..experts.count).map(|e| e.to_string()).collect(),
+        };
+    }
+    let title = if manifest.experts.is_empty() { "dense merge" } else { "merge of MoE models" };
+    let title = provenance.title.as_deref().unwrap_or(title);
+    finish(staging, source, config, title, provenance, manifest, files)
+}
+
+/// As the usual tools cut and name them.
+fn numbered(tensors: Vec<OutTensor>) -> Vec<ShardPlan> {
+    let parts = split(tensors, SHARD_LIMIT);
+    let count = parts.len();
+    let name = |i: usize| match count {
+        1 => "model.safetensors".to_owned(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+    };
+    parts
+        .into_iter()
+        .enumerate()
+        .map(|(i, tensors)| ShardPlan { name: ShardName::Fixed(name(i)), tensors })
+        .collect()
 }
 
 /// One shard per role, cut at the limit.
 fn moe_shards(plan: &Plan, gates: &Gates) -> Vec<ShardPlan> {
+    by_role(plan.tensors.iter().map(|tensor| {
+        let weight = numbers(tensor, gates);
+        (tensor.role, OutTensor { name: tensor.name.clone(), weight, dtype: tensor.dtype })
+    }))
+}
+
+fn by_role(tensors: impl Iterator<Item = (Role, OutTensor)>) -> Vec<ShardPlan> {
     let mut roles: BTreeMap<Role, Vec<OutTensor>> = BTreeMap::new();
-    for tensor in &plan.tensors {
-        roles.entry(tensor.role).or_default().push(OutTensor {
-            name: tensor.name.clone(),
-            weight: numbers(tensor, gates),
-            dtype: tensor.dtype,
-        });
+    for (role, tensor) in tensors {
+        roles.entry(role).or_default().push(tensor);
     }
     let mut shards = Vec::new();
     for (role, tensors) in roles {

@@ -9,15 +9,21 @@ mod diff;
 mod edit;
 mod evaluate;
 mod export;
+mod extract_lora;
 mod finetune;
 mod generate;
 mod history;
 mod inspect;
+mod layershuffle;
 mod logits;
+mod merge_tensors;
 mod perplexity;
 mod route;
 mod serve;
+mod shrink;
 mod swap;
+mod tokensurgeon;
+mod upcycle;
 mod verify;
 
 use std::path::Path;
@@ -55,6 +61,12 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Finetune(args) => finetune::run(args, common),
         Command::Export(args) => export::run(args, common),
         Command::Serve(args) => serve::run(args, common),
+        Command::ExtractLora(args) => extract_lora::run(args, common),
+        Command::Layershuffle(args) => layershuffle::run(args, common),
+        Command::MergeTensors(args) => merge_tensors::run(args, common),
+        Command::Shrink(args) => shrink::run(args, common),
+        Command::Tokensurgeon(args) => tokensurgeon::run(args, common),
+        Command::Upcycle(args) => upcycle::run(args, common),
         Command::Completions { shell } => completions::script(*shell),
         Command::Man => completions::manual(),
     }

@@ -12,7 +12,7 @@ root=${1:?usage: setup.sh FOLDER}
 for version in 5 4.57; do
     folder="$root/v${version%%.*}"
     python3 -m venv "$folder"
-    "$folder/bin/pip" install --quiet torch "transformers==$version.*" safetensors numpy jinja2
+    "$folder/bin/pip" install --quiet torch "transformers==$version.*" peft safetensors numpy jinja2
 done
 python3 -m venv "$root/openai"
 "$root/openai/bin/pip" install --quiet openai playwright

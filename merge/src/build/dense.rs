@@ -10,7 +10,9 @@ use serde::Serialize;
 
 use super::{BuildOptions, Observer, RecipeText, Stage};
 use crate::card::Dialect;
+use crate::dense::dense_matched;
 use crate::error::MergeError;
+use crate::experts::ExpertMatch;
 use crate::recipe::DenseRecipe;
 use crate::write::{Provenance, write_dense};
 
@@ -23,6 +25,9 @@ pub struct DenseReport {
     pub bytes: u64,
     /// The merge method.
     pub method: String,
+    /// How the experts of MoE models were matched.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub matched_experts: Vec<ExpertMatch>,
     /// Seconds it took.
     pub seconds: f64,
     /// What a person should know.
@@ -33,6 +38,7 @@ pub struct DenseReport {
 #[derive(Debug)]
 pub struct PreparedDense {
     source: Source,
+    matched_experts: Vec<ExpertMatch>,
     /// Where it will be written.
     pub target: PathBuf,
     /// Bytes of its tensors.
@@ -53,7 +59,7 @@ impl PreparedDense {
         text: RecipeText<'_>,
         options: BuildOptions,
     ) -> Result<Self, MergeError> {
-        let source = crate::dense(recipe, text.folder())?;
+        let (source, matched_experts) = dense_matched(recipe, text.folder())?;
         let dtype = recipe.out_dtype.or(recipe.dtype);
         let size = |w: &WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
         Ok(Self {
@@ -63,11 +69,15 @@ impl PreparedDense {
             dtype,
             provenance: Provenance {
                 recipe: Some(text.text.to_owned()),
-                dialect: Dialect::MergekitYaml,
+                dialect: match recipe.match_experts {
+                    true => Dialect::Own,
+                    false => Dialect::MergekitYaml,
+                },
                 seed: recipe.seed,
                 ..Provenance::default()
             },
             source,
+            matched_experts,
             options,
         })
     }
@@ -94,6 +104,7 @@ impl PreparedDense {
             },
             bytes: written.bytes,
             method: self.method.into(),
+            matched_experts: self.matched_experts,
             seconds: clock.elapsed().as_secs_f64(),
             warnings: self.source.notes.clone(),
         })

@@ -6,6 +6,7 @@ use moe_merge_checkpoint::Source;
 
 use super::names::split;
 use crate::error::MergeError;
+use crate::experts::MoeInputs;
 use crate::recipe::{Place, Recipe, SourceKind, SourceSpec};
 use crate::sources::Trail;
 
@@ -14,6 +15,10 @@ pub(super) struct Models<'a> {
     pub trail: &'a Trail,
     pub base_dir: &'a Path,
     pub opened: Vec<Opened>,
+    /// What is done to MoE models.
+    pub experts: MoeInputs,
+    /// Whether sources are files of tensors, not models.
+    pub files: bool,
 }
 
 /// One of them.
@@ -31,7 +36,14 @@ impl Models<'_> {
         if let Some(found) = self.opened.iter().position(|m| m.identity == identity) {
             return Ok(found);
         }
-        let source = self.trail.open(spec, self.base_dir)?;
+        let source = match (&spec.kind, self.files) {
+            (SourceKind::Model(model), true) => {
+                Source::open_tensors(&self.base_dir.join(&model.model))
+                    .map_err(|e| MergeError::from(e).at(&spec.place))?
+            }
+            _ => self.trail.open(spec, self.base_dir)?,
+        };
+        let source = self.experts.take(source).map_err(|e| e.at(&spec.place))?;
         let in_names =
             || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
         let layers = source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0);

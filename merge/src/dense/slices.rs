@@ -18,6 +18,7 @@ pub(super) struct Planned<'a> {
 }
 
 /// One model of a slice.
+#[derive(Clone)]
 pub(super) struct PlannedInput<'a> {
     pub model: usize,
     pub range: Range<usize>,
@@ -127,7 +128,7 @@ fn slice<'a>(
 }
 
 /// `count`: models beside the base.
-fn check_count(
+pub(super) fn check_count(
     method: &Method,
     count: usize,
     base: bool,

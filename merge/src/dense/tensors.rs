@@ -9,6 +9,7 @@ use super::models::Models;
 use super::names::{EMBEDDING, HEAD, split};
 use super::slices::{Planned, PlannedInput};
 use crate::error::MergeError;
+use crate::experts::filter_names;
 use crate::methods::{self, Group, Scope};
 use crate::recipe::{DenseRecipe, Place, RecipeErrors};
 use crate::vocabulary::{Vocabulary, has_vocabulary_axis};
@@ -22,7 +23,8 @@ pub(super) struct Merge<'a, 'm> {
 }
 
 impl Merge<'_, '_> {
-    fn source(&self, input: &PlannedInput) -> &Source {
+    /// The model of an input.
+    pub fn source(&self, input: &PlannedInput) -> &Source {
         &self.models.opened[input.model].source
     }
 
@@ -103,7 +105,8 @@ impl Merge<'_, '_> {
         Ok(vocabulary.map(input.model, weight.clone(), Arc::new(lenders)))
     }
 
-    fn tensor(
+    /// One tensor of the result.
+    pub fn tensor(
         &mut self,
         slice: &Planned,
         t: f64,
@@ -120,13 +123,6 @@ impl Merge<'_, '_> {
                 return Err(self.shapes(slice, input, &output, first, &weight));
             }
             inputs.push(weight);
-        }
-        if method.whole_tensor && output.contains(".experts.") {
-            let what = format!("`{}` cannot merge MoE models in this version", method.name);
-            let mut error = self.recipe.place.error(what);
-            error.found = Some(format!("tensor `{output}`"));
-            error.hint = Some("`linear` and `task_arithmetic` merge MoE models".into());
-            return Err(RecipeErrors(vec![error]).into());
         }
         let stored = self.recipe.dtype.unwrap_or_else(|| common_dtype(&inputs));
         let dtype = self.recipe.compute.unwrap_or(stored);
@@ -187,9 +183,10 @@ impl Merge<'_, '_> {
             let recipe = [Some(&self.recipe.module), Some(&self.recipe.parameters)];
             let levels = [input.parameters, slice.parameters].into_iter().chain(recipe);
             let levels: Vec<_> = levels.collect();
+            let known_as = filter_names(name);
             let mut values = Vec::new();
             for p in self.recipe.method.parameters.iter().filter(|p| p.scope == Scope::Model) {
-                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, name));
+                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, &known_as));
                 match given.or(p.default) {
                     Some(value) => values.push(value),
                     None if slice.base == Some(i) => values.push(f64::NAN),
@@ -204,11 +201,12 @@ impl Merge<'_, '_> {
     fn global(&self, slice: &Planned, t: f64, output: &str) -> Result<Vec<f64>, RecipeErrors> {
         let recipe = &self.recipe;
         let levels = [slice.parameters, Some(&recipe.module), Some(&recipe.parameters)];
+        let known_as = filter_names(output);
         let parameters = self.recipe.method.parameters.iter();
         parameters
             .filter(|p| p.scope == Scope::Global)
             .map(|p| {
-                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, output));
+                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, &known_as));
                 let missing = || self.missing(&self.recipe.place, p.name, output);
                 given.or(p.default).ok_or_else(missing)
             })

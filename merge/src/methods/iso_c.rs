@@ -16,7 +16,7 @@ pub(super) const METHOD: Method = Method {
     parameters: PARAMETERS,
     base: Base::Required,
     models: (1, usize::MAX),
-    whole_tensor: true,
+    whole_tensor: false,
     source: "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959",
     build,
 };

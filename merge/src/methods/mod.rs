@@ -59,7 +59,7 @@ pub struct Method {
     pub base: Base,
     /// How many models it takes, a base that is no model like the others not counted.
     pub models: (usize, usize),
-    /// Whether its arithmetic looks at whole tensors.
+    /// Whether its arithmetic looks at a tensor as one vector: then all experts of a layer are one tensor.
     pub whole_tensor: bool,
     /// The paper or code it comes from.
     pub source: &'static str,

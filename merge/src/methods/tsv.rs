@@ -17,7 +17,7 @@ pub(super) const METHOD: Method = Method {
     parameters: PARAMETERS,
     base: Base::Required,
     models: (1, usize::MAX),
-    whole_tensor: true,
+    whole_tensor: false,
     source: "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081",
     build,
 };

@@ -40,6 +40,8 @@ pub struct DenseRecipe {
     pub tokenizer: Option<Box<TokenizerSpec>>,
     /// A name of [`CHAT_TEMPLATES`](super::CHAT_TEMPLATES), or Jinja text.
     pub chat_template: Option<String>,
+    /// Whether the experts of MoE models are put into the order of the first model's.
+    pub match_experts: bool,
     /// Seed of the random methods.
     pub seed: u64,
     /// Shown in reports.
@@ -105,6 +107,12 @@ impl Reader {
         let out_dtype = self.dtype_at(&object, "out_dtype");
         let tokenizer = self.tokenizer(&object).map(Box::new);
         let chat_template = self.chat_template(&object);
+        let match_experts = match object.get("match_experts") {
+            Some((node, path)) => {
+                self.one_of(node, &path, &["none", "weights"]).as_deref() == Some("weights")
+            }
+            None => false,
+        };
         let seed = match object.get("seed") {
             Some((node, path)) => self.integer(node, &path, 0..=u64::MAX).unwrap_or(0),
             None => 0,
@@ -132,6 +140,7 @@ impl Reader {
             out_dtype,
             tokenizer,
             chat_template,
+            match_experts,
             seed,
             name,
             output,

@@ -560,6 +560,7 @@ impl Reader {
                 out_dtype: None,
                 tokenizer: None,
                 chat_template: None,
+                match_experts: false,
                 seed,
                 name: Some("attention".into()),
                 output: None,

@@ -190,6 +190,8 @@ pub const DENSE: &[Key] = &[
         "a chat template by name, `auto` for the most frequent one, or Jinja text",
     )
     .default("that of the tokenizer"),
+    key("match_experts", Shape::Name(|| vec!["none", "weights"]), "MoE models: which experts go together; `weights`: those whose weights are most alike, layer by layer, router rows with them")
+        .default("none: those of the same number"),
     key("seed", Shape::Integer(0), "seed of the methods that choose by chance").default("0"),
     key("name", Shape::Text, "shown in reports").default("none"),
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
