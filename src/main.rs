@@ -13,11 +13,12 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use moe_merge_kernels::Isa;
+use moe_merge_kernels::{Isa, calm_candle};
 
 use crate::args::Cli;
 
 fn main() -> ExitCode {
+    calm_candle();
     let cli = Cli::parse();
     exit::on_interrupt();
     log_to_stderr(cli.common.verbose);
