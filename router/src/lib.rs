@@ -28,6 +28,7 @@ mod moments;
 mod new_row;
 mod objective;
 mod registry;
+pub mod refit;
 pub mod report;
 mod samples;
 mod span;
