@@ -189,11 +189,21 @@ mod tests {
         assert_eq!(out, [8.0, 15.0, 15.0, 22.0]);
         // The last two columns of a, as they are and of its transpose.
         let mut out = [0f64; 2];
-        matmul(a.columns(2..3).unwrap(), b.columns(1..2).unwrap().transposed().columns(0..1).unwrap(), &mut out, Into::Overwrite)
-            .unwrap();
+        matmul(
+            a.columns(2..3).unwrap(),
+            b.columns(1..2).unwrap().transposed().columns(0..1).unwrap(),
+            &mut out,
+            Into::Overwrite,
+        )
+        .unwrap();
         assert_eq!(out, [0.0, 0.0]);
-        matmul(a.columns(1..3).unwrap(), b.transposed().columns(1..3).unwrap().transposed().columns(0..1).unwrap(), &mut out, Into::Overwrite)
-            .unwrap();
+        matmul(
+            a.columns(1..3).unwrap(),
+            b.transposed().columns(1..3).unwrap().transposed().columns(0..1).unwrap(),
+            &mut out,
+            Into::Overwrite,
+        )
+        .unwrap();
         assert_eq!(out, [3.0, 6.0]);
         assert!(a.columns(2..4).is_err());
     }

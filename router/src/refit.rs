@@ -33,12 +33,7 @@ pub struct Correction {
 impl Correction {
     /// Of a layer `[out, inputs]`; no token yet.
     pub fn new(inputs: usize, out: usize) -> Self {
-        Self {
-            gram: Symmetric::zeros(inputs),
-            cross: vec![0.0; inputs * out],
-            out,
-            lacking: 0.0,
-        }
+        Self { gram: Symmetric::zeros(inputs), cross: vec![0.0; inputs * out], out, lacking: 0.0 }
     }
 
     /// More tokens: `inputs [n, inputs]`, and what is lacking of each one's output, `lacking [n, out]`.
@@ -85,6 +80,9 @@ impl Correction {
     }
 }
 
+/// A loss and its gradient at a point.
+pub type Loss<'a, E> = dyn FnMut(&[f32]) -> Result<(f64, Vec<f64>), E> + 'a;
+
 /// The end of a descent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Descent {
@@ -106,7 +104,7 @@ pub struct Descent {
 pub fn descend<E>(
     start: &[f32],
     most_steps: usize,
-    evaluate: &mut dyn FnMut(&[f32]) -> Result<(f64, Vec<f64>), E>,
+    evaluate: &mut Loss<'_, E>,
 ) -> Result<Descent, E> {
     /// Length of the first step, as a share of the point's.
     const FIRST: f64 = 0.01;
@@ -159,7 +157,8 @@ mod tests {
     #[test]
     fn a_known_change_is_found_again() {
         let (inputs, out, n) = (150, 70, 400);
-        let number = |i: usize, seed: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
+        let number =
+            |i: usize, seed: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
         let a: Vec<f32> = (0..n * inputs).map(|i| number(i * i % 65_537, 1)).collect();
         let change: Vec<f32> = (0..out * inputs).map(|i| number(i, 2)).collect();
         let mut r = vec![0f32; n * out];
