@@ -151,6 +151,9 @@ pub enum Command {
     Serve(ServeArgs),
     /// Train one expert of a MoE, or the MLPs of a dense model, on text: a PEFT adapter, or a new generation of the folder
     Finetune(FinetuneArgs),
+    /// Fit experts of a MoE to the attention they have there, each with the dense model it comes from as teacher; a new
+    /// generation, nothing else changes
+    Align(AlignArgs),
     /// Write a model as one file for other programs: GGUF, for llama.cpp and Ollama
     Export(ExportArgs),
     /// Write the difference of two models as a LoRA adapter: the whole model, or one expert of a MoE
@@ -503,6 +506,56 @@ pub struct CalibrateArgs {
     /// Check everything, tell what would be done, write nothing
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// How experts are fitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AlignMethod {
+    /// Layer by layer
+    Refit,
+    /// That, then all layers together, with gradients
+    Distil,
+}
+
+/// Arguments of `align`.
+#[derive(Debug, Args)]
+pub struct AlignArgs {
+    /// MoE folder, also one that another program wrote
+    pub path: String,
+    /// An expert, by name or number, and the dense model it comes from; once for each expert
+    #[arg(long = "teacher", value_name = "EXPERT=SOURCE", required = true, value_parser = teacher)]
+    pub teachers: Vec<(String, String)>,
+    /// The model that all were trained from, to tell what share of each expert's gain survives
+    #[arg(long, value_name = "SOURCE")]
+    pub base: Option<String>,
+    /// How experts are fitted
+    #[arg(long, value_enum, default_value_t = AlignMethod::Refit)]
+    pub method: AlignMethod,
+    /// Tokens that each teacher writes to fit its expert on
+    #[arg(long, value_name = "N", default_value_t = 16_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: u32,
+    /// Gradient steps of `distil`
+    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Seed of everything random
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Why, for the journal
+    #[arg(short, long, value_name = "TEXT")]
+    pub message: Option<String>,
+    /// Change a copy in this folder, not the model itself
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// `EXPERT=SOURCE`.
+fn teacher(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((expert, source)) if !expert.is_empty() && !source.is_empty() => {
+            Ok((expert.to_owned(), source.to_owned()))
+        }
+        _ => Err("expected EXPERT=SOURCE, for example `math=models/math`".to_owned()),
+    }
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ pub use folder::weights_in;
 pub use generation::{Change, Generation, JournalLine, NewTensors};
 pub use moe_merge_kernels::Dtype;
 pub use publish::{Interrupt, Replace, Staging};
-pub use shard::OtherTensor;
+pub use shard::{OtherTensor, weights};
 pub use source::{SideContent, SideFile, Source};
 pub use source_ref::SourceRef;
 pub use summary::Summary;

@@ -63,6 +63,9 @@ pub struct Manifest {
     /// How the routers were made.
     #[serde(default)]
     pub gate_mode: Option<String>,
+    /// How experts were fitted to the attention that they got, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub align: Option<String>,
     /// Seed of everything random.
     pub seed: u64,
     /// BLAKE3 of the recipe's text.
@@ -343,6 +346,7 @@ mod tests {
             family: "mixtral".into(),
             experts: vec!["a".into()],
             gate_mode: Some("hidden".into()),
+            align: None,
             seed: 0,
             recipe_blake3: None,
             sources: Vec::new(),

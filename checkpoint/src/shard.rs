@@ -1,11 +1,13 @@
 //! One safetensors file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::CheckpointError;
 use crate::header;
 use crate::map::MappedFile;
-use crate::weight::MappedWeight;
+use crate::weight::{MappedWeight, WeightRef};
 
 /// A tensor that is no weight: an integer buffer, or numbers in a dtype that is not computed with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +33,15 @@ impl std::fmt::Display for OtherTensor {
 pub(crate) struct Shard {
     pub weights: Vec<(String, MappedWeight)>,
     pub other: Vec<OtherTensor>,
+}
+
+/// The weights of one safetensors file, mapped; tensors that are no weights are left out.
+///
+/// # Errors
+/// A file that is not there, or is no safetensors file.
+pub fn weights(path: &Path) -> Result<BTreeMap<String, WeightRef>, CheckpointError> {
+    let weights = open(path)?.weights.into_iter();
+    Ok(weights.map(|(name, weight)| (name, Arc::new(weight) as WeightRef)).collect())
 }
 
 /// Maps a shard and checks its header; the data are not touched.

@@ -72,6 +72,22 @@ impl<'a, T: Real> Dense<'a, T> {
             ..self
         }
     }
+
+    /// Some of its columns; no number moves.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if there are not so many.
+    pub fn columns(self, range: std::ops::Range<usize>) -> Result<Self, KernelError> {
+        if range.start > range.end || range.end > self.cols {
+            return Err(KernelError::Length {
+                what: "columns of a matrix",
+                expected: self.cols,
+                found: range.end,
+            });
+        }
+        let from = (range.start * self.col_stride).min(self.data.len());
+        Ok(Self { data: &self.data[from..], cols: range.len(), ..self })
+    }
 }
 
 /// What happens to the numbers that [`matmul`] finds in its output.
@@ -114,7 +130,8 @@ pub fn matmul<T: Real>(
     }
     let stride = |s: usize| s as isize;
     // SAFETY: the strides of a `Dense` are those of a row-major matrix or of its transpose,
-    // and its data reaches to the end of that matrix, so every index the product reads lies inside `data`; `out` was checked to hold a.rows * b.cols
+    // and its data begins with its first number and reaches to the end of that matrix (of all its columns, where it is some
+    // of them), so every index the product reads lies inside `data`; `out` was checked to hold a.rows * b.cols
     // numbers, is row-major, and is borrowed mutably, so it overlaps neither input.
     unsafe {
         gemm::gemm(
@@ -170,6 +187,25 @@ mod tests {
         assert_eq!(out, [4.0, 5.0, 10.0, 11.0]);
         matmul(b.transposed(), a.transposed(), &mut out, Into::Add).unwrap();
         assert_eq!(out, [8.0, 15.0, 15.0, 22.0]);
+        // The last two columns of a, as they are and of its transpose.
+        let mut out = [0f64; 2];
+        matmul(
+            a.columns(2..3).unwrap(),
+            b.columns(1..2).unwrap().transposed().columns(0..1).unwrap(),
+            &mut out,
+            Into::Overwrite,
+        )
+        .unwrap();
+        assert_eq!(out, [0.0, 0.0]);
+        matmul(
+            a.columns(1..3).unwrap(),
+            b.transposed().columns(1..3).unwrap().transposed().columns(0..1).unwrap(),
+            &mut out,
+            Into::Overwrite,
+        )
+        .unwrap();
+        assert_eq!(out, [3.0, 6.0]);
+        assert!(a.columns(2..4).is_err());
     }
 
     #[test]

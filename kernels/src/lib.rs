@@ -61,7 +61,7 @@ pub use env::calm_candle;
 pub use error::KernelError;
 pub use exec::{Accuracy, Batching, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
-pub use linear_backward::linear_backward;
+pub use linear_backward::{linear_backward, linear_weight_backward};
 pub use lora::{
     ExpertLora, LoraGradients, LoraPair, MoeLoraGradients, lora_linear, lora_linear_backward,
     moe_backward_lora, moe_forward_lora,

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use crate::cast;
-use crate::dense::Into;
+use crate::dense::{Dense, Into, matmul};
 use crate::error::KernelError;
 use crate::exec::{Batching, Exec, Isa};
 use crate::product::{Left, padded, product};
@@ -73,6 +75,31 @@ pub fn linear_backward(
         }
     });
     Ok(())
+}
+
+/// Gradient of [`crate::linear()`] with respect to its weight: `dw[r, c] = sum_t dy[t, r] * x[t, c]`.
+///
+/// * `x`: `[tokens, cols]`; `dy`: `[tokens, rows]`; `dw`: `[rows, cols]`, overwritten or added to
+/// * f32 sums over the tokens; the same bits for any number of threads
+///
+/// # Errors
+/// [`KernelError::Length`] if the slices do not fit each other.
+pub fn linear_weight_backward(
+    x: &[f32],
+    dy: &[f32],
+    dw: &mut [f32],
+    [rows, cols]: [usize; 2],
+    into: Into,
+) -> Result<(), KernelError> {
+    /// Rows of one task.
+    const ROWS: usize = 64;
+    let tokens = x.len().checked_div(cols).unwrap_or(0);
+    let (x, dy) = (Dense::new(x, tokens, cols)?, Dense::new(dy, tokens, rows)?);
+    KernelError::check("gradient of a weight", rows * cols, dw.len())?;
+    dw.par_chunks_mut((ROWS * cols).max(1)).enumerate().try_for_each(|(task, dw)| {
+        let rows = task * ROWS..rows.min((task + 1) * ROWS);
+        matmul(dy.columns(rows)?.transposed(), x, dw, into)
+    })
 }
 
 fn put(sums: &[f32], out: &mut [f32], into: Into) {
@@ -211,6 +238,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_weight_gradient_is_the_sum_over_tokens() {
+        let (tokens, rows, cols) = (13, 130, 7);
+        let (x, dy) = (numbers(tokens * cols, 1), numbers(tokens * rows, 2));
+        let mut dw = vec![1.0; rows * cols];
+        let of = |dw: &mut [f32], into| linear_weight_backward(&x, &dy, dw, [rows, cols], into);
+        of(&mut dw, Into::Overwrite).unwrap();
+        let mut twice = dw.clone();
+        of(&mut twice, Into::Add).unwrap();
+        for (i, (once, twice)) in dw.iter().zip(twice).enumerate() {
+            let (r, c) = (i / cols, i % cols);
+            let sum: f32 = (0..tokens).map(|t| dy[t * rows + r] * x[t * cols + c]).sum();
+            assert!((once - sum).abs() < 1e-4 && (twice - 2.0 * once).abs() < 1e-4, "{r} {c}");
+        }
+        assert!(of(&mut [0.0; 3], Into::Add).is_err());
     }
 
     #[test]

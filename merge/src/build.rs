@@ -10,6 +10,7 @@ use moe_merge_model::{Placement, Tokenizer};
 use moe_merge_router::Method;
 use serde::Serialize;
 
+use crate::align::AlignReport;
 use crate::card::Dialect;
 use crate::error::MergeError;
 use crate::evaluate::{Domain, Evaluation, evaluate};
@@ -20,12 +21,14 @@ use crate::origins::Origins;
 use crate::plan::{Assembly, ExpertInput, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
-    Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors, SourceSpec,
+    Align, Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors,
+    SourceSpec,
 };
 use crate::self_text::{DEFAULT_TOKENS, Writing};
 use crate::sources;
 use crate::write::{Provenance, write};
 
+mod aligned;
 mod dense;
 mod parts;
 
@@ -51,6 +54,10 @@ pub struct BuildOptions {
 pub enum Stage {
     /// Experts writing text, counted in tokens.
     SelfText,
+    /// Fitting an expert to the attention it gets, counted in layers.
+    Align,
+    /// Distilling an expert from its dense model, counted in steps.
+    Distil,
     /// Computing gates, counted in layers.
     Gates,
     /// Training routers, counted in steps.
@@ -96,9 +103,12 @@ pub struct BuildReport {
     pub self_text_tokens: usize,
     /// Forecast from held-out prompts, for learned gates.
     pub forecast: Option<moe_merge_router::report::RoutingReport>,
+    /// What fitting the experts did, if the recipe asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub align: Option<AlignReport>,
     /// Perplexities and loads, if the recipe gives evaluation text.
     pub evaluation: Option<Evaluation>,
-    /// Seconds spent on opening and checking sources, on gates, on writing, on evaluation.
+    /// Seconds spent on opening and checking sources, on fitting, on gates, on writing, on evaluation.
     pub seconds: Seconds,
     /// What a person should know.
     pub warnings: Vec<String>,
@@ -109,7 +119,9 @@ pub struct BuildReport {
 pub struct Seconds {
     /// Opening and checking.
     pub open: f64,
-    /// Prompts through the base, and fitting.
+    /// Fitting experts to the attention they get.
+    pub align: f64,
+    /// Prompts through the base, and fitting of routers.
     pub gates: f64,
     /// Writing and publishing.
     pub write: f64,
@@ -138,6 +150,12 @@ pub struct Prepared {
     sequential: bool,
     /// The same with the base as one more expert, where measuring decides.
     alternative: Option<Box<(Assembly, Plan)>>,
+    /// How experts are to be fitted; `None` once they are.
+    align: Option<Align>,
+    /// Where experts come from, whatever is done to them.
+    originals: Vec<Source>,
+    /// Sources of experts with fitted MLPs.
+    fitted: Vec<Option<Source>>,
     notes: Vec<String>,
     target: PathBuf,
     provenance: Provenance,
@@ -253,6 +271,9 @@ impl Prepared {
             }
         };
         let tokenizer = Tokenizers { base: &assembly.base, opened: None };
+        let mut originals: Vec<Source> =
+            assembly.experts.iter().map(|e| e.source.clone()).collect();
+        originals.truncate(recipe.experts.len());
         let prompts = Prompts::encode(recipe, estimator.method, shared_gate, tokenizer)
             .map_err(|e| origins.locate(e))?;
         let base = &recipe.base_model;
@@ -266,6 +287,9 @@ impl Prepared {
             self_text,
             sequential: recipe.sequential != Some(Choice::No),
             alternative,
+            align: recipe.align,
+            originals,
+            fitted: Vec::new(),
             experts: prompts.experts,
             shared: prompts.shared,
             bos: prompts.bos,
@@ -309,7 +333,7 @@ impl Prepared {
         // The residual stream, the router's input and what attention and MLP hold for one batch beside them.
         let token = 4 * dims.hidden + 2 * dims.intermediate + compared;
         let states = (4 * tokens * token) as u64;
-        self.plan.peak_memory.max(weights + states)
+        self.plan.peak_memory.max(weights + states).max(self.fitting_memory())
     }
 
     /// What will be written.
@@ -349,9 +373,16 @@ impl Prepared {
         let mut seconds = Seconds { open: self.opened, ..Seconds::default() };
 
         let clock = Instant::now();
+        let plain = self.assembly.clone();
+        let mut align = self.align(observer)?;
+        seconds.align = clock.elapsed().as_secs_f64();
+
+        let clock = Instant::now();
         let (routers, self_text_tokens) = self.routers(observer)?;
         staging.need(self.plan.disk_bytes)?;
         self.provenance.report = forecast_lines(&routers, &self.names());
+        self.provenance.report.extend(align.iter().flat_map(aligned::lines));
+        self.provenance.align = align.as_ref().map(|a| a.method.into());
         seconds.gates = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
@@ -368,6 +399,9 @@ impl Prepared {
 
         let clock = Instant::now();
         let evaluation = self.evaluate(&output, observer)?;
+        if let (Some(align), Some(evaluation)) = (&mut align, &evaluation) {
+            self.survivals(align, evaluation, &plain, &routers.shared, observer)?;
+        }
         seconds.evaluate = clock.elapsed().as_secs_f64();
 
         let mut warnings = std::mem::take(&mut self.plan.warnings);
@@ -384,6 +418,7 @@ impl Prepared {
             prompt_tokens: self.prompt_tokens(),
             self_text_tokens,
             forecast: routers.forecast,
+            align,
             evaluation,
             seconds,
             warnings,
@@ -413,7 +448,8 @@ impl Prepared {
             };
             let mut told = |tokens| observer.advance(tokens as u64);
             let prompts = &mut self.experts[expert];
-            match writing.add(&input.source, expert, prompts, &mut told)? {
+            let source = self.originals.get(expert).unwrap_or(&input.source);
+            match writing.add(source, expert, prompts, &mut told)? {
                 Some(tokens) => written += tokens,
                 None => self.notes.push(format!(
                     "expert `{}` cannot write text: the tokenizer has no token that begins or ends one",
@@ -567,6 +603,7 @@ fn dialect(recipe: &MoeRecipe) -> Dialect {
         || recipe.generalist.is_some()
         || recipe.sequential.is_some()
         || recipe.prompt_tokens.is_some()
+        || recipe.align.is_some()
         || !matches!(recipe.attention, Attention::Base)
         || matches!(
             recipe.architecture[..],

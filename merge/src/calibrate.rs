@@ -29,7 +29,7 @@ use crate::self_text::Writing;
 use crate::training::{TrainOptions, TrainSummary, Training};
 
 mod alone;
-mod copy;
+pub(crate) mod copy;
 mod error;
 
 pub use alone::alone;

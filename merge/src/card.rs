@@ -183,6 +183,7 @@ mod tests {
             family: "mixtral".into(),
             experts: vec!["prose".into()],
             gate_mode: Some("hidden".into()),
+            align: None,
             seed: 3,
             recipe_blake3: None,
             sources: vec![record("base", "org/name"), record("expert 0", "local+rust")],

@@ -17,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod align;
 pub mod build;
 pub mod calibrate;
 pub mod card;

@@ -13,6 +13,7 @@ use moe_merge_model::Placement;
 use moe_merge_router::{ESTIMATORS, Estimator};
 use serde::Serialize;
 
+use crate::align::{AlignReport, Survival};
 use crate::build::{BuildOptions, Observer, Prepared, RecipeText, Stage};
 use crate::error::MergeError;
 pub use crate::evaluate::POSITION_GROUPS;
@@ -65,6 +66,9 @@ pub struct Quality {
     pub models: Vec<(String, Vec<f64>)>,
     /// First positions of the groups in `by_position`: text tokens before the one predicted, in its window.
     pub position_groups: [usize; POSITION_GROUPS.len()],
+    /// What fitting the experts did, if the recipe asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub align: Option<AlignReport>,
     /// One row per router.
     pub routers: Vec<RouterRow>,
     /// What a person should know.
@@ -80,6 +84,12 @@ pub struct DomainFacts {
     pub tokens: usize,
     /// Perplexity of its oracle, where an expert has its name.
     pub oracle: Option<f64>,
+    /// The same with MLPs as they came, where the recipe has them fitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plain_oracle: Option<f64>,
+    /// What of the expert's gain survives in the two, where the recipe has MLPs fitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub survival: Option<Survival>,
 }
 
 /// One way of making routers.
@@ -294,6 +304,11 @@ struct Comparison<'a> {
     right: Vec<Option<usize>>,
     base: Vec<Score>,
     oracle: Vec<Option<Score>>,
+    /// The oracle's perplexity with MLPs as they came, where they are fitted.
+    plain_oracle: Vec<Option<f64>>,
+    align: Option<AlignReport>,
+    /// Sources of the recipe's experts with fitted MLPs.
+    fitted: Vec<Option<Source>>,
     models: Vec<(String, Vec<f64>)>,
     /// Prompts with what the experts wrote: written once for all rows that need the same.
     texts: BTreeMap<String, (Vec<TokenPrompts>, usize)>,
@@ -310,6 +325,9 @@ impl<'a> Comparison<'a> {
         let interrupt = &options.interrupt;
         let plain = MoeRecipe { generalist: None, ..recipe.clone() };
         let mut prepared = Prepared::new(&plain, text, build_options(interrupt))?;
+        let unfitted = prepared.assembly().clone();
+        observer.subject("experts");
+        let align = prepared.align(observer)?;
         let domains = prepared.domains().to_vec();
         let labels = prepared.expert_names();
         let right: Vec<Option<usize>> =
@@ -330,7 +348,8 @@ impl<'a> Comparison<'a> {
         let passes = references.iter().filter(|(_, source)| source.is_some()).count();
         let matched: Vec<usize> = all.iter().copied().filter(|&d| right[d].is_some()).collect();
         observer.subject("base, experts and oracle");
-        let total = scorer.tokens(&all) * passes + scorer.tokens(&matched);
+        let oracles = if align.is_some() { 2 } else { 1 };
+        let total = scorer.tokens(&all) * passes + scorer.tokens(&matched) * oracles;
         observer.stage(Stage::Evaluate, total as u64);
         let mut done = |tokens| observer.advance(tokens as u64);
         let mut base_scores: Vec<Score> = Vec::new();
@@ -350,8 +369,14 @@ impl<'a> Comparison<'a> {
             models.push((name.clone(), perplexities));
         }
         let mut oracle = vec![None; domains.len()];
+        let mut plain_oracle = vec![None; domains.len()];
         for domain in matched {
             let Some(expert) = right[domain] else { continue };
+            if align.is_some() {
+                let source = prepared.oracle_of(&unfitted, expert, &shared)?;
+                let score = scorer.score(&source, &[domain], &mut done)?.pop();
+                plain_oracle[domain] = score.as_ref().map(Score::perplexity);
+            }
             let source = prepared.oracle(expert, &shared)?;
             oracle[domain] = scorer.score(&source, &[domain], &mut done)?.pop();
         }
@@ -364,6 +389,9 @@ impl<'a> Comparison<'a> {
             right,
             base: base_scores,
             oracle,
+            plain_oracle,
+            align,
+            fitted: prepared.fitted().to_vec(),
             models,
             texts: BTreeMap::new(),
             notes: prepared.all_notes(),
@@ -387,6 +415,9 @@ impl<'a> Comparison<'a> {
         let clock = Instant::now();
         let recipe = build.recipe(self.recipe);
         let mut prepared = Prepared::new(&recipe, self.text, build_options(self.interrupt))?;
+        if !self.fitted.is_empty() {
+            prepared.take_aligned(build.set.iter().map(|&e| self.fitted[e].clone()).collect())?;
+        }
         let key = build.text_key();
         let known = key.as_ref().and_then(|key| self.texts.get(key)).cloned();
         let mut self_text_tokens = 0;
@@ -450,17 +481,30 @@ impl<'a> Comparison<'a> {
     }
 
     fn finish(self, routers: Vec<RouterRow>, notes: Vec<String>) -> Quality {
+        let survival = |domain: usize| {
+            let perplexities =
+                [self.plain_oracle[domain]?, self.oracle[domain].as_ref()?.perplexity()];
+            // The base comes first, the experts follow.
+            let own = self.models.get(1 + self.right[domain]?)?.1[domain];
+            Survival::of(self.base[domain].perplexity(), own, perplexities)
+        };
+        let survivals: Vec<_> = (0..self.names.len()).map(survival).collect();
         let facts = self.names.into_iter().zip(&self.base).zip(&self.oracle);
+        let fitted = self.plain_oracle.into_iter().zip(survivals);
         Quality {
             window: self.scorer.window,
             domains: facts
-                .map(|((name, base), oracle)| DomainFacts {
+                .zip(fitted)
+                .map(|(((name, base), oracle), (plain_oracle, survival))| DomainFacts {
                     name,
                     tokens: base.tokens.iter().sum(),
                     oracle: oracle.as_ref().map(Score::perplexity),
+                    plain_oracle,
+                    survival,
                 })
                 .collect(),
             models: self.models,
+            align: self.align,
             position_groups: POSITION_GROUPS,
             routers,
             notes,

@@ -32,6 +32,8 @@ pub struct Provenance {
     pub dialect: Dialect,
     /// How the routers were made.
     pub gate_mode: Option<String>,
+    /// How experts were fitted to the base's attention, if they were.
+    pub align: Option<String>,
     /// Seed of everything random.
     pub seed: u64,
     /// Lines of Markdown for the card: predicted load, perplexity.
@@ -230,6 +232,7 @@ fn manifest(provenance: &Provenance, sources: Vec<SourceRecord>) -> Manifest {
         family: String::new(),
         experts: Vec::new(),
         gate_mode: provenance.gate_mode.clone(),
+        align: provenance.align.clone(),
         seed: provenance.seed,
         recipe_blake3: provenance
             .recipe

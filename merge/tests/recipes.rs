@@ -297,7 +297,11 @@ fn each_mistake_has_its_message() {
         ("selftext: 5", "unknown key `selftext`", "selftext"),
         ("prompt_tokens: 0", "a value that does not fit", "prompt_tokens"),
         ("prompt_tokens: many", "a value that does not fit", "prompt_tokens"),
-        ("align: {method: refit}", "not supported by this version", "align"),
+        ("align: refitt", "unknown `align`", "align"),
+        ("align: true", "a value that does not fit", "align"),
+        ("align: {method: retrain}", "unknown `method`", "align.method"),
+        ("align: {tokens: 0}", "a value that does not fit", "align.tokens"),
+        ("align: {token: 5}", "unknown key `token`", "align.token"),
         ("evaluation: {prose: nowhere.txt}", "file not found", "evaluation.prose"),
         ("seed: -1", "a value that does not fit", "seed"),
         ("tokenizer: union", "unknown `tokenizer`", "tokenizer"),
@@ -486,7 +490,7 @@ experts:
   - source_model: c
     prompts_file: nowhere.txt
 arhcitecture: mixtral
-align: {method: refit}
+align: {method: refti}
 ";
     let all = errors(text);
     assert!(all.0.len() >= 10, "{all:?}");

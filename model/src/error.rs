@@ -87,6 +87,16 @@ pub enum ModelError {
     /// The tensor library failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+    /// An expert that cannot be fitted to the stream of a model, or a teacher that does not go with it.
+    #[error("{what}")]
+    Transplant {
+        /// What does not fit, in one line.
+        what: String,
+        /// What would.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
     /// What a visitor of a probe stopped with.
     #[error("{0}")]
     Stopped(String),
@@ -100,6 +110,7 @@ impl Explain for ModelError {
             | Self::TopK { .. }
             | Self::Expert { .. }
             | Self::TooLong { .. }
+            | Self::Transplant { .. }
             | Self::Token { .. } => Kind::Usage,
             Self::Device(CudaError::NoRoom { .. }) => Kind::NoRoom,
             Self::Device(e) if no_device(e) => Kind::Usage,
@@ -147,6 +158,9 @@ impl Explain for ModelError {
             ],
             Self::Token { token, vocab } => {
                 vec![("expected", format!("token ids below {vocab}")), ("found", token.to_string())]
+            }
+            Self::Transplant { expected, found, .. } => {
+                vec![("expected", expected.clone()), ("found", found.clone())]
             }
             _ => Vec::new(),
         }

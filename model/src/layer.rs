@@ -1,6 +1,7 @@
 //! One layer: weights and the way through it.
 
 mod adapted;
+mod surgery;
 
 use std::ops::Range;
 use std::sync::Arc;

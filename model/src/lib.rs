@@ -42,6 +42,7 @@ pub mod streamed;
 mod text_error;
 pub mod tokenizer;
 pub mod trace;
+pub mod transplant;
 pub mod verify;
 mod walk;
 mod weights;

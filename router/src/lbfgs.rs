@@ -4,6 +4,10 @@ use std::collections::VecDeque;
 
 /// Pairs of steps and gradient changes remembered.
 const MEMORY: usize = 12;
+/// Fewest of them, whatever they take.
+const LEAST_MEMORY: usize = 4;
+/// Numbers that all of them may take otherwise.
+const NUMBERS: usize = 32 << 20;
 /// Share of the promised decrease that a step must bring (Armijo).
 const DECREASE: f64 = 1e-4;
 /// Step halvings before a search is given up: the objective is then flat to rounding.
@@ -25,6 +29,11 @@ pub(crate) struct Stop {
 struct Pair {
     s: Vec<f64>,
     y: Vec<f64>,
+}
+
+/// Pairs remembered of points of so many numbers.
+fn memory(numbers: usize) -> usize {
+    (NUMBERS / (2 * numbers).max(1)).clamp(LEAST_MEMORY, MEMORY)
 }
 
 /// One minimisation. Evaluate at [`Lbfgs::trial`], hand value and gradient to [`Lbfgs::feed`], until [`Lbfgs::done`].
@@ -110,7 +119,7 @@ impl Lbfgs {
         let s: Vec<f64> = self.trial.iter().zip(&self.point).map(|(a, b)| a - b).collect();
         let y: Vec<f64> = gradient.iter().zip(&self.gradient).map(|(a, b)| a - b).collect();
         if dot(&s, &y) > 1e-12 * norm(&s) * norm(&y) {
-            if self.pairs.len() == MEMORY {
+            if self.pairs.len() == memory(self.point.len()) {
                 self.pairs.pop_front();
             }
             self.pairs.push_back(Pair { s, y });

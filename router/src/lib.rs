@@ -27,6 +27,7 @@ mod lbfgs;
 mod moments;
 mod new_row;
 mod objective;
+pub mod refit;
 mod registry;
 pub mod report;
 mod samples;

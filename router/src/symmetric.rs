@@ -58,6 +58,26 @@ impl Symmetric {
         }
     }
 
+    /// All zeros.
+    pub fn zeros(width: usize) -> Self {
+        let size = |i| tile_rows(i, width).len();
+        Self::from_tiles(width, |i, k| vec![0.0; size(i) * size(k)])
+    }
+
+    /// `xᵀ · x` added, for `x [n, width]`: f32 products, f64 sums.
+    pub fn add_gram(&mut self, x: &[f32]) -> Result<(), RouterError> {
+        let width = self.width;
+        let x = Dense::new(x, x.len().checked_div(width).unwrap_or(0), width)?;
+        let mut tiles: Vec<_> = self.each().collect();
+        tiles.par_iter_mut().try_for_each(|(i, k, tile)| {
+            let mut product = vec![0f32; tile.len()];
+            let left = x.columns(tile_rows(*i, width))?.transposed();
+            matmul(left, x.columns(tile_rows(*k, width))?, &mut product, Into::Overwrite)?;
+            tile.iter_mut().zip(&product).for_each(|(t, p)| *t += f64::from(*p));
+            Ok(())
+        })
+    }
+
     /// `-leftᵀ · right` added, for `left` and `right` `[n, width]` whose product is symmetric.
     pub fn subtract_product(&mut self, left: &[f64], right: &[f64]) -> Result<(), RouterError> {
         let (width, n) = (self.width, left.len() / self.width);

@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use moe_merge_checkpoint::publish::Replace;
 use moe_merge_merge::MergeError;
+use moe_merge_merge::align::{AlignReport, Survival};
 use moe_merge_merge::build::{
     BuildOptions, BuildReport, DenseReport, Observer, Prepared, PreparedDense, RecipeText, Stage,
 };
@@ -91,6 +92,8 @@ impl Observer for Bars {
     fn stage(&self, stage: Stage, total: u64) {
         let (unit, what) = match stage {
             Stage::SelfText => (Unit::Tokens, "experts write text"),
+            Stage::Align => (Unit::Layers, "fitting an expert"),
+            Stage::Distil => (Unit::Steps, "distilling an expert"),
             Stage::Gates => (Unit::Layers, "computing routers"),
             Stage::Train => (Unit::Steps, "training routers"),
             Stage::Write => (Unit::Bytes, "writing"),
@@ -198,14 +201,15 @@ fn dense_plan(prepared: &PreparedDense, common: &Common) -> Result<Outcome, Fail
 fn summary(report: &BuildReport) -> String {
     let s = &report.seconds;
     let mut text = format!(
-        "{}  {}, {} experts, top-{}, {} in {:.1} s (open {:.1}, routers {:.1}, write {:.1}, evaluate {:.1})\n",
+        "{}  {}, {} experts, top-{}, {} in {:.1} s (open {:.1}, {}routers {:.1}, write {:.1}, evaluate {:.1})\n",
         report.output.display(),
         report.family,
         report.experts.len(),
         report.experts_per_token,
         render::bytes(report.bytes),
-        s.open + s.gates + s.write + s.evaluate,
+        s.open + s.align + s.gates + s.write + s.evaluate,
         s.open,
+        report.align.as_ref().map_or(String::new(), |_| format!("fitting {:.1}, ", s.align)),
         s.gates,
         s.write,
         s.evaluate,
@@ -213,12 +217,39 @@ fn summary(report: &BuildReport) -> String {
     if report.self_text_tokens > 0 {
         text += &format!("the experts wrote {} tokens\n", render::count(report.self_text_tokens));
     }
+    if let Some(align) = &report.align {
+        text += &align_table(align);
+    }
     if let Some(forecast) = &report.forecast {
         text += &forecast_table(forecast, &report.experts, report.experts_per_token);
     }
     if let Some(evaluation) = &report.evaluation {
         text += &evaluation_tables(evaluation, &report.experts);
     }
+    text
+}
+
+/// What of each expert survives behind the base's attention.
+pub(super) fn align_table(align: &AlignReport) -> String {
+    let evaluated = align.experts.iter().any(|e| e.evaluation.is_some());
+    let mut columns = vec!["layers", "tokens", "nats off", "fitted", "survives", "fitted"];
+    if evaluated {
+        columns.extend(["on evaluation text", "fitted"]);
+    }
+    let rows = align.experts.iter().map(|e| {
+        let mut cells = vec![e.layers.to_string(), render::count(e.tokens)];
+        let both =
+            |s: Option<Survival>| [percent(s.map(|s| s.before)), percent(s.map(|s| s.after))];
+        cells.extend(e.divergence.map(|nats| format!("{nats:.4}")));
+        cells.extend(both(e.own_text));
+        if evaluated {
+            cells.extend(both(e.evaluation));
+        }
+        (e.name.clone(), cells)
+    });
+    let mut text = format!("\nexperts fitted to the attention they get (`{}`)\n", align.method);
+    text += &table(&columns, rows);
+    text += "  nats off: divergence from the dense model's predictions, for each token of text that it wrote itself, held out\n  survives: share of its gain over the base that is left\n";
     text
 }
 

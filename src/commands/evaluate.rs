@@ -1,6 +1,7 @@
 //! `evaluate RECIPE`: ways to make routers, side by side.
 
 use moe_merge_merge::MergeError;
+use moe_merge_merge::align::Survival;
 use moe_merge_merge::build::RecipeText;
 use moe_merge_merge::quality::{
     POSITION_GROUPS, Quality, QualityError, QualityOptions, RouterRow, Shares, measure,
@@ -51,6 +52,9 @@ pub fn run(args: &EvaluateArgs, common: &Common) -> Result<Outcome, Failure> {
 fn summary(found: &Quality, positions: bool) -> String {
     let labels = labels(&found.routers);
     let mut text = perplexities(found, &labels);
+    if found.align.is_some() {
+        text += &survival(found);
+    }
     text += &shares(found, &labels);
     if positions {
         text += &by_position(found, &labels);
@@ -86,6 +90,10 @@ fn perplexities(found: &Quality, labels: &[String]) -> String {
         (name.clone(), each.iter().map(|&p| number(Some(p))).collect::<Vec<_>>())
     });
     let oracle = ("oracle".to_owned(), found.domains.iter().map(|d| number(d.oracle)).collect());
+    let plain = found.align.is_some().then(|| {
+        let cells = found.domains.iter().map(|d| number(d.plain_oracle)).collect();
+        ("oracle, MLPs as they came".to_owned(), cells)
+    });
     let routers = labels.iter().zip(&found.routers).map(|(label, row)| {
         let cells = row.domains.iter().map(|d| number(d.as_ref().map(|d| d.perplexity)));
         (label.clone(), cells.collect())
@@ -97,7 +105,18 @@ fn perplexities(found: &Quality, labels: &[String]) -> String {
         count(tokens),
         found.window
     );
-    head + &table(&columns, models.chain([oracle]).chain(routers))
+    head + &table(&columns, models.chain(plain).chain([oracle]).chain(routers))
+}
+
+/// What of each expert's gain survives behind the attention of the output.
+fn survival(found: &Quality) -> String {
+    let columns: Vec<&str> = found.domains.iter().map(|d| d.name.as_str()).collect();
+    let cells = |of: fn(&Survival) -> f64| {
+        found.domains.iter().map(|d| percent(d.survival.as_ref().map(of))).collect()
+    };
+    let rows = [("as they came", cells(|s| s.before)), ("fitted", cells(|s| s.after))];
+    let head = "\nshare of each expert's gain over the base that its MLPs keep, for every token, whatever the router\n";
+    head.to_owned() + &table(&columns, rows.into_iter().map(|(name, c)| (name.to_owned(), c)))
 }
 
 fn shares(found: &Quality, labels: &[String]) -> String {

@@ -1,5 +1,6 @@
 //! One file for each command.
 
+mod align;
 mod approve;
 mod build;
 mod calibrate;
@@ -48,6 +49,7 @@ pub fn run(command: &Command, common: &Common) -> Result<Outcome, Failure> {
         Command::Perplexity(args) => perplexity::run(args, common),
         Command::Generate(args) => generate::run(args, common),
         Command::Route(args) => route::run(args, common),
+        Command::Align(args) => align::run(args, common),
         Command::Calibrate(args) => calibrate::run(args, common),
         Command::Evaluate(args) => evaluate::run(args, common),
         Command::Swap(args) => swap::run(args, common),

@@ -235,6 +235,7 @@ fn import(
         family: source.config.model_type().into(),
         experts: Vec::new(),
         gate_mode: None,
+        align: None,
         seed: 0,
         recipe_blake3: None,
         sources: Vec::new(),

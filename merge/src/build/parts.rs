@@ -7,7 +7,7 @@ use crate::build::{Observer, Prepared};
 use crate::error::MergeError;
 use crate::evaluate::Domain;
 use crate::gates::{Routers, TokenPrompts};
-use crate::plan::{Content, Gates, Plan};
+use crate::plan::{Assembly, Content, Gates, Plan};
 
 impl Prepared {
     /// Routers as the build makes them, and the tokens that experts wrote for them: texts first, then gates, then whether a
@@ -30,7 +30,17 @@ impl Prepared {
     ///
     /// * `shared`: gates of the shared expert, where [`Prepared::gated_shared`]
     pub(crate) fn oracle(&self, expert: usize, shared: &[Gate]) -> Result<Source, MergeError> {
-        let forced = self.assembly.forced(expert)?;
+        self.oracle_of(&self.assembly, expert, shared)
+    }
+
+    /// The same of another assembly.
+    pub(crate) fn oracle_of(
+        &self,
+        assembly: &Assembly,
+        expert: usize,
+        shared: &[Gate],
+    ) -> Result<Source, MergeError> {
+        let forced = assembly.forced(expert)?;
         let plan = Plan::new(&forced)?;
         let dims = plan.shape.dims;
         let zeros = Gate { experts: 2, hidden: dims.hidden, rows: vec![0.0; 2 * dims.hidden] };
@@ -46,8 +56,10 @@ impl Prepared {
     pub(crate) fn references(&self) -> Vec<(String, Option<&Source>)> {
         let base = self.plain_base.as_ref().unwrap_or(&self.assembly.base);
         let mut models = vec![("base".to_owned(), Some(base))];
-        for (expert, &same) in self.assembly.experts.iter().zip(&self.same_as_base) {
-            models.push((expert.name.clone(), (!same).then_some(&expert.source)));
+        for (e, (expert, &same)) in self.assembly.experts.iter().zip(&self.same_as_base).enumerate()
+        {
+            let source = self.originals.get(e).unwrap_or(&expert.source);
+            models.push((expert.name.clone(), (!same).then_some(source)));
         }
         models
     }

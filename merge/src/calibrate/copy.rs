@@ -7,7 +7,7 @@ use moe_merge_checkpoint::{CheckpointError, Interrupt};
 
 /// Copies what `from` holds to `to`, which exists: links are followed, and what a change that is under way has prepared is
 /// left out.
-pub(super) fn copy(from: &Path, to: &Path, interrupt: &Interrupt) -> Result<(), CheckpointError> {
+pub(crate) fn copy(from: &Path, to: &Path, interrupt: &Interrupt) -> Result<(), CheckpointError> {
     let io = |action, path: &Path| {
         let path = path.to_owned();
         move |e| CheckpointError::io(action, &path, e)

@@ -10,6 +10,7 @@
 
 use std::path::Path;
 
+mod align;
 mod dense;
 mod error;
 mod file;
@@ -23,6 +24,7 @@ mod source;
 mod stages;
 mod tokenizer;
 
+pub use align::{ALIGN_METHODS, Align, AlignMethod};
 pub use dense::{DenseRecipe, Input, Parameters, Parts, Slice};
 pub use error::{Location, RecipeError, RecipeErrors};
 pub use file::read;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use moe_merge_checkpoint::Dtype;
 use moe_merge_router::{ESTIMATORS, Estimator, Method as RouterMethod};
 
+use super::align::Align;
 use super::dense::{DenseRecipe, Input, Parameters, Parts};
 use super::node::{Node, Value};
 use super::prompts::ExpertFile;
@@ -43,6 +44,8 @@ pub struct MoeRecipe {
     pub architecture: Vec<Architecture>,
     /// How the tensors outside the MLPs are made.
     pub attention: Attention,
+    /// How experts are fitted to the stream that they now live in; absent: they are used as they are.
+    pub align: Option<Align>,
     /// Whether the base's tokenizer serves all, whatever the experts were trained with (`tokenizer: base`).
     pub base_tokenizer: bool,
     /// Text files by domain, in the order of the recipe.
@@ -56,7 +59,7 @@ pub struct MoeRecipe {
 }
 
 /// Tokens that a recipe can ask for at most.
-const MOST: u64 = 1 << 30;
+pub(super) const MOST: u64 = 1 << 30;
 
 /// One expert.
 #[derive(Debug, Clone)]
@@ -243,6 +246,7 @@ impl Reader {
             Some((node, path)) => self.one_of(node, &path, &["base"]).is_some(),
             None => false,
         };
+        let align = self.align(&object);
         let evaluation = self.evaluation(&object);
         let output = self.output_at(&object);
         let seed = object.get("seed").and_then(|(n, p)| self.integer(n, &p, 0..=u64::MAX));
@@ -270,6 +274,7 @@ impl Reader {
             dtype,
             architecture,
             attention: attention?,
+            align,
             base_tokenizer,
             evaluation,
             output,

@@ -133,7 +133,7 @@ pub const MOE: &[Key] = &[
     key("generalist", Shape::Choice, "the base's own MLPs as one more expert, for tokens whose domain cannot be known yet").default("false"),
     key("sequential", Shape::Choice, "whether a layer's router is fitted to the stream of the merged model, routers before it in place").default("auto"),
     key("prompt_tokens", Shape::Integer(1), "tokens per expert that files of prompts may fill").default("20000"),
-    key("align", Shape::Any, "fit transplanted MLPs to the stream they now live in").later(true, "without it the experts' MLPs are used as they are"),
+    key("align", Shape::NameOr(&["refit", "distil"], "align"), "fit the experts' MLPs to the attention they now live behind, each with its dense model as teacher: `refit` layer by layer, `distil` with gradients through all layers").default("none: MLPs as they are"),
     key("pad", Shape::Any, "pad experts of different sizes").later(true, "all experts need the base's sizes"),
 ];
 
@@ -273,6 +273,19 @@ pub const ROW: &[Key] = &[
     key("token_id", Shape::Integer(0), "the token, by its number").default("none"),
 ];
 
+/// How experts are fitted to the base's attention, under `align:`.
+pub const ALIGN: &[Key] = &[
+    key(
+        "method",
+        Shape::Name(|| vec!["refit", "distil"]),
+        "layer by layer, or with gradients through all layers after that",
+    )
+    .default("refit"),
+    key("tokens", Shape::Integer(1), "tokens that each expert writes itself to be fitted on")
+        .default("16000"),
+    key("steps", Shape::Integer(1), "gradient steps of `distil`").default("400"),
+];
+
 /// The object form of a model reference.
 pub const SOURCE: &[Key] = &[
     key("model", Shape::Any, "folder, GGUF file or Hub name").required(),
@@ -302,6 +315,7 @@ pub const TABLES: &[(&str, &[Key])] = &[
     ("tokenizer", TOKENIZER),
     ("token", TOKEN),
     ("row", ROW),
+    ("align", ALIGN),
     ("source", SOURCE),
     ("path", PATH),
 ];

@@ -117,9 +117,15 @@ impl Head<'_> {
     }
 
     /// Logits as the model gives them, `[rows, vocab]`.
-    fn logits(&self, states: &[f32]) -> Result<Vec<f32>, ModelError> {
+    pub fn logits(&self, states: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut logits = vec![0.0; states.len() / self.spec.hidden * self.spec.vocab];
         linear(states, self.weight, None, &mut logits, &self.exec)?;
+        self.finish(&mut logits);
+        Ok(logits)
+    }
+
+    /// From the products of the head to logits.
+    pub fn finish(&self, logits: &mut [f32]) {
         let (divisor, cap) = (self.spec.logits_divisor, self.spec.final_softcap);
         if divisor != 1.0 || cap.is_some() {
             logits.par_iter_mut().for_each(|l| {
@@ -127,7 +133,6 @@ impl Head<'_> {
                 *l = cap.map_or(*l, |cap| cap * (*l / cap).tanh());
             });
         }
-        Ok(logits)
     }
 
     /// `-ln softmax(logits)[next]`; with a weight, `logits` becomes the gradient with respect to the product.
@@ -170,13 +175,13 @@ impl Head<'_> {
     }
 
     /// Slope of the softcap at each logit, where there is one.
-    fn slopes(&self, logits: &[f32]) -> Option<Vec<f32>> {
+    pub fn slopes(&self, logits: &[f32]) -> Option<Vec<f32>> {
         let cap = self.spec.final_softcap?;
         Some(logits.iter().map(|l| 1.0 - (l / cap) * (l / cap)).collect())
     }
 
     /// Back from the logits to the products of the head.
-    fn scale(&self, d: &mut [f32], slopes: Option<Vec<f32>>, weight: f32) {
+    pub fn scale(&self, d: &mut [f32], slopes: Option<Vec<f32>>, weight: f32) {
         let factor = weight / self.spec.logits_divisor;
         d.iter_mut().for_each(|d| *d *= factor);
         if let Some(slopes) = slopes {

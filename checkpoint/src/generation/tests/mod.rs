@@ -110,6 +110,7 @@ fn model(dir: &Path, kind: Kind) {
                 family: "mixtral".into(),
                 experts: vec!["a".into(), "b".into()],
                 gate_mode: Some("hidden".into()),
+                align: None,
                 seed: 7,
                 recipe_blake3: None,
                 sources: Vec::new(),

@@ -1,0 +1,115 @@
+//! Why experts of a MoE cannot be fitted.
+
+use std::path::PathBuf;
+
+use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
+use moe_merge_model::ModelError;
+
+use crate::error::MergeError;
+
+/// Why experts of a MoE cannot be fitted.
+#[derive(Debug, thiserror::Error)]
+pub enum AlignError {
+    /// What merging can meet, too: files, models, text.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// A model without experts.
+    #[error("the model has no experts")]
+    Dense {
+        /// The model.
+        path: PathBuf,
+        /// Its `model_type`.
+        family: String,
+    },
+    /// Something that is no folder of its own.
+    #[error("only experts of a model folder can be fitted")]
+    NotAFolder {
+        /// As a person wrote it.
+        found: String,
+    },
+    /// A family that has all experts of a layer in one tensor.
+    #[error("experts of a `{family}` lie in one tensor and cannot be replaced one by one")]
+    Stacked {
+        /// The family.
+        family: &'static str,
+    },
+    /// No expert of this name.
+    #[error("there is no expert `{name}`")]
+    Expert {
+        /// As a person wrote it.
+        name: String,
+        /// Those there are.
+        known: Vec<String>,
+    },
+    /// One expert with two teachers.
+    #[error("expert `{name}` has two teachers")]
+    Twice {
+        /// Its name.
+        name: String,
+    },
+    /// A teacher that cannot begin a text.
+    #[error("`{teacher}` wrote no text to fit on")]
+    Silent {
+        /// The teacher.
+        teacher: String,
+    },
+}
+
+impl From<CheckpointError> for AlignError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Merge(error.into())
+    }
+}
+
+impl From<ModelError> for AlignError {
+    fn from(error: ModelError) -> Self {
+        Self::Merge(error.into())
+    }
+}
+
+impl Explain for AlignError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Merge(e) => e.kind(),
+            _ => Kind::Usage,
+        }
+    }
+
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Merge(e) => e.fields(),
+            Self::Dense { path, family } => vec![
+                ("path", path.display().to_string()),
+                ("expected", "a mixture of experts".into()),
+                ("found", format!("a `{family}` with one MLP in every layer")),
+            ],
+            Self::NotAFolder { found } => vec![
+                (
+                    "expected",
+                    "a folder with `config.json` and safetensors, without `+ADAPTER`".into(),
+                ),
+                ("found", format!("`{found}`")),
+            ],
+            Self::Expert { known, .. } => vec![(
+                "expected",
+                format!("one of `{}`, or a number below {}", known.join("`, `"), known.len()),
+            )],
+            Self::Stacked { .. } | Self::Twice { .. } => Vec::new(),
+            Self::Silent { .. } => {
+                vec![("expected", "a tokenizer with a token that begins or ends a text".into())]
+            }
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Merge(e) => e.hint(),
+            Self::Dense { .. } => Some("`moe-merge RECIPE` builds a MoE of several models".into()),
+            Self::Stacked { .. } => {
+                Some("`align: refit` in the recipe fits them while the model is built".into())
+            }
+            Self::Twice { .. } => Some("name it once".into()),
+            Self::NotAFolder { .. } | Self::Expert { .. } | Self::Silent { .. } => None,
+        }
+    }
+}
