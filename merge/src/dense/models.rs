@@ -46,7 +46,11 @@ impl Models<'_> {
         let source = self.experts.take(source).map_err(|e| e.at(&spec.place))?;
         let in_names =
             || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
-        let layers = source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0);
+        // Files of tensors are merged name by name, whatever their names look like.
+        let layers = match self.files {
+            true => 0,
+            false => source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0),
+        };
         self.opened.push(Opened { identity, source, place: spec.place.clone(), layers });
         Ok(self.opened.len() - 1)
     }

@@ -186,15 +186,20 @@ mod tests {
         assert_eq!(found[1], (Vec::new(), 0.0));
     }
 
+    /// Numbers from -1 to 1 that follow from each other in no way a sum of rows could show.
     fn noise(count: usize) -> Vec<f32> {
-        (0..count).map(|i| ((i * i * 7 + i * 3) % 101) as f32 / 50.0 - 1.0).collect()
+        let hash = |i: usize| {
+            let mixed = (i as u32 + 1).wrapping_mul(2_654_435_761);
+            let mixed = (mixed ^ (mixed >> 15)).wrapping_mul(2_246_822_519);
+            mixed ^ (mixed >> 13)
+        };
+        (0..count).map(|i| hash(i) as f32 / u32::MAX as f32 * 2.0 - 1.0).collect()
     }
 
     #[test]
     fn sums_of_few_rows_are_found() {
         let (width, rows) = (48, 120);
-        let dictionary: Vec<f32> =
-            (0..rows * width).map(|i| ((i as f32) * 12.9898).sin()).collect();
+        let dictionary = noise(rows * width + width).split_off(width);
         let row = |r: usize| &dictionary[r * width..(r + 1) * width];
         let target: Vec<f32> = (0..width).map(|i| 3.0 * row(7)[i] - 2.0 * row(90)[i]).collect();
         let targets: Vec<f32> = (0..70).flat_map(|_| target.clone()).collect();
