@@ -182,6 +182,24 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
 }
 
 #[test]
+fn a_change_can_wait_for_approval() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
+    let data = cli::file(temp.path(), "kitchen.txt", kitchen::text(1, 6000).as_bytes());
+    let before = tensors(&folder);
+    let args = ["--expert", "code", "--data", &data, "--apply", "--stage", "-m", "kitchen talk"];
+    let told = report(&finetune(&folder, &[&args, &SHORT[..]].concat()));
+    assert_eq!((&told["generation"], &told["staged"]), (&Value::Null, &json!(1)));
+    assert_eq!(tensors(&folder), before);
+    let path = folder.display().to_string();
+    let approved = cli::run(&["approve", &path]);
+    assert_eq!(approved.code, 0, "{}", approved.stderr);
+    let changed = tensors(&folder).iter().filter(|(n, b)| before[*n] != **b).count();
+    assert_eq!(changed, 6 * 3);
+    assert!(cli::run(&["history", &path]).stdout.contains("finetune"));
+}
+
+#[test]
 fn a_dense_model_gets_an_adapter() {
     let temp = tempfile::tempdir().unwrap();
     let base = repository("recipes/quickstart/base");

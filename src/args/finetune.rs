@@ -107,6 +107,9 @@ pub struct FinetuneArgs {
     /// Merge what was learnt into the model: a new generation of its folder, the old one is kept
     #[arg(long, conflicts_with = "out")]
     pub apply: bool,
+    /// Let it wait beside the model until `approve` makes it live
+    #[arg(long, requires = "apply")]
+    pub stage: bool,
     /// Why, for the journal
     #[arg(short, long, value_name = "TEXT", requires = "apply")]
     pub message: Option<String>,

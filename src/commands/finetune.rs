@@ -23,6 +23,7 @@ pub fn run(args: &FinetuneArgs, common: &Common) -> Result<Outcome, Failure> {
                 args::Packing::Fused => Packing::Fused,
             },
         },
+        None if args.stage => Output::Stage { message: args.message.clone() },
         None => Output::Apply { message: args.message.clone() },
     };
     let report = tuning.run(&output, &mut Shown { quiet: common.quiet, bar: None })?;
@@ -150,9 +151,11 @@ fn summary(report: &FinetuneReport) -> String {
         Some(expert) => format!("expert `{expert}`"),
         None => "the MLPs".into(),
     };
-    let place = match report.generation {
-        Some(generation) => format!("{}  generation {generation}", report.output.display()),
-        None => report.output.display().to_string(),
+    let output = report.output.display();
+    let place = match (report.generation, report.staged) {
+        (Some(generation), _) => format!("{output}  generation {generation}"),
+        (None, Some(staged)) => format!("{output}  generation {staged} waits for `approve`"),
+        (None, None) => output.to_string(),
     };
     let mut text = format!(
         "{place}: {what}, {} layers, {} numbers; {} written\n",

@@ -8,12 +8,17 @@ use moe_merge_merge::documents::DocumentError;
 use moe_merge_model::expert_training::GradientError;
 use moe_merge_model::{ModelError, TextError};
 
+use crate::error::AdaptError;
+
 /// Why an expert cannot be fine-tuned.
 #[derive(Debug, thiserror::Error)]
 pub enum FinetuneError {
     /// What merging can meet, too: files, text, models.
     #[error(transparent)]
     Merge(#[from] MergeError),
+    /// What changing a model can meet.
+    #[error(transparent)]
+    Adapt(#[from] AdaptError),
     /// Something that is no folder of its own cannot be changed.
     #[error("only a model folder can be changed")]
     NotAFolder {
@@ -114,6 +119,7 @@ impl Explain for FinetuneError {
     fn kind(&self) -> Kind {
         match self {
             Self::Merge(e) => e.kind(),
+            Self::Adapt(e) => e.kind(),
             Self::Diverged { .. } => Kind::CheckFailed,
             _ => Kind::Usage,
         }
@@ -122,6 +128,7 @@ impl Explain for FinetuneError {
     fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Merge(e) => e.fields(),
+            Self::Adapt(e) => e.fields(),
             Self::NotAFolder { found } => vec![
                 (
                     "expected",
@@ -164,6 +171,7 @@ impl Explain for FinetuneError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Merge(e) => e.hint(),
+            Self::Adapt(e) => e.hint(),
             Self::Option { hint, .. } => hint.clone(),
             Self::OtherRun { .. } => {
                 Some("run the command that began it, or name another file with `--state`".into())

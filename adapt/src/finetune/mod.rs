@@ -37,6 +37,9 @@ use moe_merge_model::expert_training::{FactorKind, FactorPlan, Goal, Lesson, Rou
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::moe::Moe;
+use crate::proposal::propose;
+
 mod adapter;
 mod batches;
 mod data;
@@ -96,6 +99,8 @@ pub struct Finetune {
 enum Place {
     Adapter(Staging, Packing),
     Model(Option<String>),
+    /// Beside the model, where it waits.
+    Beside(Option<String>),
 }
 
 /// What a fine-tuning did.
@@ -105,6 +110,8 @@ pub struct FinetuneReport {
     pub output: PathBuf,
     /// The model's generation now, where it was changed.
     pub generation: Option<u32>,
+    /// The generation that waits for approval, where it was staged.
+    pub staged: Option<u32>,
     /// `model_type` of the model.
     pub family: String,
     /// Name of the expert; none in a dense model.
@@ -255,7 +262,8 @@ impl Finetune {
                 Ok(Place::Adapter(Staging::new(dir, Replace::Never)?, *packing))
             }
             Output::Apply { message } if self.changeable() => Ok(Place::Model(message.clone())),
-            Output::Apply { .. } => Err(FinetuneError::NotAFolder { found: self.path.clone() }),
+            Output::Stage { message } if self.changeable() => Ok(Place::Beside(message.clone())),
+            _ => Err(FinetuneError::NotAFolder { found: self.path.clone() }),
         }
     }
 
@@ -273,7 +281,7 @@ impl Finetune {
                 name.push(".state");
                 Some(PathBuf::from(name))
             }
-            Output::Apply { .. } => None,
+            Output::Apply { .. } | Output::Stage { .. } => None,
         };
         self.options.state.clone().or_else(beside)
     }
@@ -421,6 +429,7 @@ impl Finetune {
         FinetuneReport {
             output: PathBuf::new(),
             generation: None,
+            staged: None,
             family: self.spec.family.into(),
             expert: self.expert().map(str::to_owned),
             layers,
@@ -462,30 +471,49 @@ impl Finetune {
                 report.output = staging.publish()?;
             }
             Place::Model(message) => {
-                let expert = self.number();
-                let tensors = trained::tensors(&self.source, &self.spec, expert, &state.best)?;
-                let role = expert.map_or("mlp".into(), |e| format!("expert-{e:02}"));
-                let (routers, own) = trained::routers_apart(&self.spec, tensors);
-                let mut files = vec![NewTensors { role, tensors: own }];
-                if !routers.is_empty() {
-                    files.push(NewTensors { role: "router".into(), tensors: routers });
-                }
-                let change = Change {
-                    action: "finetune",
-                    message: message.as_deref(),
-                    tensors: files,
-                    details: self.details(report)?,
-                    parent: Some(self.generation),
-                    ..Change::default()
-                };
+                let change = self.change(message.as_deref(), state, report)?;
                 let made = commit(&self.source.path, &change, watch)?;
                 report.output = self.source.path.clone();
                 report.generation = Some(made.number);
                 report.bytes_written = made.bytes_written;
                 report.warnings.extend(made.notes);
             }
+            Place::Beside(message) => {
+                let change = self.change(message.as_deref(), state, report)?;
+                let moe = Moe::open(&self.path)?;
+                let made = propose(&moe, &change, watch.interrupt, watch.progress)?;
+                report.output = self.source.path.clone();
+                report.staged = Some(made.generation);
+                report.bytes_written = made.bytes_written;
+                report.warnings.extend(made.warnings);
+            }
         }
         Ok(())
+    }
+
+    /// The change of the model that was learnt.
+    fn change<'c>(
+        &self,
+        message: Option<&'c str>,
+        state: &state::State,
+        report: &FinetuneReport,
+    ) -> Result<Change<'c>, FinetuneError> {
+        let expert = self.number();
+        let tensors = trained::tensors(&self.source, &self.spec, expert, &state.best)?;
+        let role = expert.map_or("mlp".into(), |e| format!("expert-{e:02}"));
+        let (routers, own) = trained::routers_apart(&self.spec, tensors);
+        let mut files = vec![NewTensors { role, tensors: own }];
+        if !routers.is_empty() {
+            files.push(NewTensors { role: "router".into(), tensors: routers });
+        }
+        Ok(Change {
+            action: "finetune",
+            message,
+            tensors: files,
+            details: self.details(report)?,
+            parent: Some(self.generation),
+            ..Change::default()
+        })
     }
 
     /// What the journal keeps.

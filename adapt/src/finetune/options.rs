@@ -57,6 +57,11 @@ pub enum Output {
         /// Why, for the journal.
         message: Option<String>,
     },
+    /// The same, to wait beside the model until [`crate::approve`] makes it live.
+    Stage {
+        /// Why, for the journal.
+        message: Option<String>,
+    },
 }
 
 /// What a person asks for.
