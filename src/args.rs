@@ -150,7 +150,7 @@ pub enum Command {
     /// Answer OpenAI's clients over HTTP, with the generation that is live when they ask
     Serve(ServeArgs),
     /// Train one expert of a MoE, or the MLPs of a dense model, on text: a PEFT adapter, or a new generation of the folder
-    Finetune(FinetuneArgs),
+    Finetune(Box<FinetuneArgs>),
     /// Fit experts of a MoE to the attention they have there, each with the dense model it comes from as teacher; a new
     /// generation, nothing else changes
     Align(AlignArgs),

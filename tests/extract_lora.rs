@@ -157,7 +157,7 @@ fn the_experts_of_the_quickstart() {
     let report = extract(&base, &moe, &out, &["--expert", "1", "--rank", "400"]);
     let (adapted, moe_source, dense) = (with_adapter(&base, &out), open(&moe), open(&base));
     let modules = report["modules"].as_array().unwrap();
-    assert!(!modules.is_empty() && modules.len() % 3 == 0);
+    assert!(!modules.is_empty() && modules.len().is_multiple_of(3));
     for layer in 0..modules.len() / 3 {
         for (short, long) in [("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")] {
             let name = format!("model.layers.{layer}.mlp.{long}.weight");

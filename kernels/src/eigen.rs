@@ -210,13 +210,13 @@ mod tests {
         let Eigen { values, vectors } = symmetric_eigen(matrix.clone(), n).unwrap();
         assert!(values.windows(2).all(|w| w[0] >= w[1]));
         let row = |i: usize| &vectors[i * n..(i + 1) * n];
-        for i in 0..n {
+        for (i, value) in values.iter().enumerate() {
             for j in 0..=i {
                 let expected = if i == j { 1.0 } else { 0.0 };
                 assert!((dot(row(i), row(j)) - expected).abs() < 1e-12, "{n}: {i} {j}");
             }
             for (k, line) in matrix.chunks_exact(n).enumerate() {
-                let residual = dot(line, row(i)) - values[i] * row(i)[k];
+                let residual = dot(line, row(i)) - value * row(i)[k];
                 assert!(residual.abs() < 1e-13 * scale, "{n}: {residual} of {scale}");
             }
         }

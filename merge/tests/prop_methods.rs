@@ -342,7 +342,7 @@ fn what_cannot_be_computed_says_why() {
     let text = |case: Case| case.try_run().unwrap_err();
     let della = weights(case("della", &[6], &[&a, &b]).base(0)).own(1, "density", 0.9);
     assert!(text(della).contains("below 1"));
-    let three = [&a[..], &opposite, &vec![0.0; 6]];
+    let three = [&a[..], &opposite, &[0.0; 6]];
     assert!(text(weights(case("multislerp", &[6], &three))).contains("cancel"));
     let linear = case("linear", &[6], &[&a, &b]).own(0, "weight", 1.0).own(1, "weight", -1.0);
     assert!(text(linear).contains("zero"));

@@ -60,5 +60,5 @@ pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
 pub use steady::Steady;
 pub use text_error::TextError;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Spans, Tokenizer};
 pub use walk::{Decide, Outputs, RouterView, walk};

@@ -20,6 +20,9 @@ pub struct Tokenizer {
     eos_ids: Vec<u32>,
 }
 
+/// First and last byte, exclusive, of each token in the text.
+pub type Spans = Vec<(usize, usize)>;
+
 impl Tokenizer {
     /// The tokenizer of an opened model.
     ///
@@ -132,7 +135,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_spans(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), TextError> {
+    pub fn encode_spans(&self, text: &str) -> Result<(Vec<u32>, Spans), TextError> {
         let encoding = self.inner.encode(text, false).map_err(|e| TextError::Tokenize {
             action: "encode this text",
             found: e.to_string(),

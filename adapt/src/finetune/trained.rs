@@ -166,9 +166,8 @@ mod tests {
             b: b.to_vec(),
             trained,
         };
-        let read = |pair: FactorPair| {
-            Trained { base: base.clone(), from: 1, pair, scale: 0.5 }.to_f32_of()
-        };
+        let read =
+            |pair: FactorPair| Trained { base: base.clone(), from: 1, pair, scale: 0.5 }.into_f32();
         let low = pair(1, &[2.0, 4.0], &[1.0, -1.0], TrainedFactors::Both);
         assert_eq!(read(low), [1.0, 1.0, 3.0, 4.0, 2.0, 1.0]);
         let identity = [1.0, 0.0, 0.0, 1.0];
@@ -179,7 +178,7 @@ mod tests {
     }
 
     impl Trained {
-        fn to_f32_of(self) -> Vec<f32> {
+        fn into_f32(self) -> Vec<f32> {
             let weight: WeightRef = Arc::new(self);
             weight.to_f32().unwrap()
         }

@@ -59,7 +59,10 @@ impl Encoder<'_> {
     /// A prompt and its completion for a model without chat template: one text after the other.
     fn completed(&self, prompt: &str, completion: &str) -> Result<Answered, MergeError> {
         let (ids, offsets) = self.tokenizer().encode_spans(&format!("{prompt}{completion}"))?;
-        let own = covered(&offsets, &[prompt.len()..prompt.len() + completion.len()]);
+        let own = covered(
+            &offsets,
+            std::slice::from_ref(&(prompt.len()..prompt.len() + completion.len())),
+        );
         let bos = self.tokenizer().bos();
         let mut tokens: Vec<u32> = bos.into_iter().chain(ids).collect();
         let mut answers: Vec<bool> = bos.map(|_| false).into_iter().chain(own).collect();
@@ -118,7 +121,10 @@ mod tests {
     #[test]
     fn tokens_that_reach_into_an_answer_belong_to_it() {
         let offsets = [(0, 0), (0, 3), (3, 6), (6, 8), (8, 9)];
-        assert_eq!(covered(&offsets, &[4..7]), [false, false, true, true, false]);
+        assert_eq!(
+            covered(&offsets, std::slice::from_ref(&(4..7))),
+            [false, false, true, true, false]
+        );
         assert_eq!(covered(&offsets, &[0..3, 8..9]), [false, true, false, false, true]);
     }
 }
