@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use moe_merge_adapt::{DropRequest, Edit};
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch as Progress;
@@ -225,6 +226,30 @@ fn an_expert_is_swapped_and_comes_back_while_the_server_runs() {
         assert!(found.json()["error"]["message"].as_str().unwrap().len() > 10);
     }
     assert_eq!(live(&host), 2);
+}
+
+#[test]
+fn an_expert_goes_while_the_server_runs() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = host::copy(temp.path());
+    let host = Host::of(&folder, options());
+    let (before, _) = text(&host);
+    let asked = DropRequest {
+        folder: folder.display().to_string(),
+        expert: "code".into(),
+        message: None,
+        interrupt: Interrupt::default(),
+    };
+    let dropped = Edit::drop(asked).unwrap().run(&|_| {}).unwrap();
+    assert_eq!(dropped.generation, Some(1));
+    until("generation 1", || live(&host) == 1);
+    assert_ne!(text(&host).0, before);
+    let status = admin(&host, "/admin/status").json();
+    assert_eq!(status["experts"], json!(["prose", "math"]));
+    let layers = status["layers"].as_array().unwrap();
+    assert!(layers.iter().all(|layer| layer["experts"].as_array().unwrap().len() == 2));
+    assert_eq!(admin_post(&host, "/admin/rollback", &json!({})).json()["generation"], 2);
+    assert_eq!(text(&host), (before, json!(2)));
 }
 
 #[test]
