@@ -17,7 +17,7 @@ use crate::router_training::head::Head;
 const KEPT: usize = 4096;
 
 /// Probabilities of a teacher that are held at most; beyond it, some rows stand for all.
-const HELD: usize = 1 << 24;
+const HELD: usize = 1 << 26;
 
 /// Rows whose logits exist together.
 const ROWS: usize = 512;
