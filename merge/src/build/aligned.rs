@@ -46,7 +46,7 @@ impl Prepared {
     /// Bytes that fitting takes at most; 0 where nothing is fitted.
     pub(super) fn fitting_memory(&self) -> u64 {
         /// What the model crate holds of predictions: probabilities, and rows of two heads.
-        const PREDICTIONS: u64 = 256 << 20;
+        const PREDICTIONS: u64 = 512 << 20;
         let Some(align) = self.align else { return 0 };
         let d = &self.plan.shape.dims;
         let [tokens, hidden, inter] = [align.tokens, d.hidden, d.intermediate].map(|n| n as u64);

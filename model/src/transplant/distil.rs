@@ -59,7 +59,7 @@ pub struct Distilled {
 /// Trains the expert of `student` in `layers`, on texts of its kind.
 ///
 /// * `done` is told of each step, with its loss in nats per token; `Break` stops
-/// * memory: the expert's MLPs in f32 four times over, the streams of a batch for each layer, 64 MB of predictions
+/// * memory: the expert's MLPs in f32 four times over, the streams of a batch for each layer, 256 MB of predictions
 ///
 /// # Errors
 /// [`ModelError::Transplant`] for models that do not go together, or if a loss is not finite; as [`crate::Model::open`] and

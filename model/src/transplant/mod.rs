@@ -51,7 +51,7 @@ pub type Fit<'a> = dyn FnMut(LayerFit<'_>) -> Result<NewMatrices, ModelError> + 
 /// Takes `texts` through teacher and student, asking `fit` for the MLP of each layer in `layers` when they reach it.
 ///
 /// * `texts`: with the token that begins one, where the tokenizer has it
-/// * memory: a layer of each model, its MLP in f32, the streams and MLP inputs of all tokens, 64 MB of predictions
+/// * memory: a layer of each model, its MLP in f32, the streams and MLP inputs of all tokens, 256 MB of predictions
 ///
 /// # Errors
 /// [`ModelError::Transplant`] for models that do not go together; as [`crate::Model::open`] and [`crate::Model::forward`]; what

@@ -17,7 +17,7 @@ use crate::router_training::head::Head;
 const KEPT: usize = 4096;
 
 /// Probabilities of a teacher that are held at most; beyond it, some rows stand for all.
-const HELD: usize = 1 << 24;
+const HELD: usize = 1 << 26;
 
 /// Rows whose logits exist together.
 const ROWS: usize = 512;
@@ -38,13 +38,23 @@ pub(crate) struct Predictions {
 impl Predictions {
     /// Of a teacher whose stream before its last norm is `stream [tokens, hidden]`.
     pub fn new(student: &Head<'_>, teacher: &Head<'_>, stream: &[f32]) -> Result<Self, ModelError> {
+        Self::within(student, teacher, stream, [KEPT, HELD])
+    }
+
+    /// The same, with so many tokens of the vocabulary, and so many probabilities.
+    fn within(
+        student: &Head<'_>,
+        teacher: &Head<'_>,
+        stream: &[f32],
+        [most, held]: [usize; 2],
+    ) -> Result<Self, ModelError> {
         let (hidden, vocab) = (teacher.spec.hidden, teacher.spec.vocab);
         let tokens = stream.len() / hidden.max(1);
-        let kept: Vec<usize> = match vocab <= KEPT {
+        let kept: Vec<usize> = match vocab <= most {
             true => (0..vocab).collect(),
-            false => most_likely(teacher, stream)?,
+            false => most_likely(teacher, stream, most)?,
         };
-        let step = (tokens * kept.len()).div_ceil(HELD).max(1);
+        let step = (tokens * kept.len()).div_ceil(held.max(1)).max(1);
         let rows: Vec<usize> = (0..tokens).step_by(step).collect();
         let picked: Vec<f32> =
             rows.iter().flat_map(|r| &stream[r * hidden..(r + 1) * hidden]).copied().collect();
@@ -126,7 +136,7 @@ fn gathered(matrix: MatView<'_>, rows: &[usize]) -> Vec<f32> {
 }
 
 /// The tokens with the largest sums of probabilities, ascending.
-fn most_likely(teacher: &Head<'_>, stream: &[f32]) -> Result<Vec<usize>, ModelError> {
+fn most_likely(teacher: &Head<'_>, stream: &[f32], most: usize) -> Result<Vec<usize>, ModelError> {
     let (hidden, vocab) = (teacher.spec.hidden, teacher.spec.vocab);
     let mut mass = vec![0f64; vocab];
     for rows in stream.chunks(ROWS * hidden.max(1)) {
@@ -138,7 +148,58 @@ fn most_likely(teacher: &Head<'_>, stream: &[f32]) -> Result<Vec<usize>, ModelEr
     }
     let mut order: Vec<usize> = (0..vocab).collect();
     order.sort_by(|&a, &b| mass[b].total_cmp(&mass[a]).then(a.cmp(&b)));
-    order.truncate(KEPT);
+    order.truncate(most);
     order.sort_unstable();
     Ok(order)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use moe_merge_checkpoint::Source;
+
+    use super::super::Side;
+    use super::*;
+
+    /// Part of a vocabulary and of the rows: the likeliest tokens, no divergence of a model from itself, and slopes elsewhere.
+    #[test]
+    fn a_part_of_the_vocabulary_stands_for_all() {
+        let folder = moe_merge_testkit::repository("model/tests/data/mixtral_fused");
+        let source = folder.display().to_string().parse().unwrap();
+        let source = Source::open(&source, Path::new(".")).unwrap();
+        let texts = [vec![1, 5, 9, 3, 2], vec![2, 8, 4, 7]];
+        let side = Side::new(&source, &texts).unwrap();
+        let (ending, stream) = (side.ending().unwrap(), side.stream().unwrap());
+        let head = ending.head().unwrap();
+        let all = Predictions::new(&head, &head, &stream).unwrap();
+        assert_eq!((all.rows.len(), all.kept), (9, head.spec.vocab));
+        let mass = |token: usize| -> f64 {
+            all.teacher.chunks(all.kept).map(|row| f64::from(row[token])).sum()
+        };
+        let some = Predictions::within(&head, &head, &stream, [6, 6 * 5]).unwrap();
+        assert_eq!((some.rows.as_slice(), some.kept), (&[0, 2, 4, 6, 8][..], 6));
+        let kept = most_likely(&head, &stream, 6).unwrap();
+        let least = kept.iter().map(|&t| mass(t)).fold(f64::INFINITY, f64::min);
+        let others = (0..all.kept).filter(|t| !kept.contains(t)).map(mass);
+        assert!(others.fold(0.0, f64::max) <= least + 1e-6);
+
+        let hidden = head.spec.hidden;
+        let picked: Vec<f32> =
+            some.rows.iter().flat_map(|r| &stream[r * hidden..(r + 1) * hidden]).copied().collect();
+        let (nats, _) = some.losses(&head, 0..5, &picked).unwrap();
+        assert!(nats.abs() < 1e-5, "{nats}");
+        let away: Vec<f32> =
+            picked.iter().enumerate().map(|(i, v)| v + 0.3 * ((i % 5) as f32 - 2.0)).collect();
+        let (nats, gradient) = some.losses(&head, 0..5, &away).unwrap();
+        let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        assert!(nats > 1e-3 && norm > 0.0, "{nats} {norm}");
+        let value = |by: f64| {
+            let step = (by / norm) as f32;
+            let moved: Vec<f32> = away.iter().zip(&gradient).map(|(v, g)| v + step * g).collect();
+            some.losses(&head, 0..5, &moved).unwrap().0
+        };
+        let slope = (value(1e-2) - value(-1e-2)) / 2e-2;
+        assert!((slope / norm - 1.0).abs() < 1e-2, "{slope} {norm}");
+    }
 }
