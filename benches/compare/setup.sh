@@ -26,7 +26,8 @@ llama_cpp=${LLAMA_CPP:-llama-cpp-python==0.3.36}
 llama() {
     [ -x "$folder/$1/bin/python" ] || "$python" -m venv "$folder/$1"
     "$folder/$1/bin/python" -c 'import llama_cpp' 2>/dev/null && return
-    CMAKE_ARGS="-DLLAVA_BUILD=OFF $2" "$folder/$1/bin/pip" install --no-binary llama-cpp-python "$llama_cpp"
+    # Not from the cache: it would give the wheel that was built with other arguments.
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF $2" "$folder/$1/bin/pip" install --no-cache-dir --no-binary llama-cpp-python "$llama_cpp"
 }
 
 torch() {
