@@ -1,10 +1,11 @@
 //! Sums of products between tensors, and results that are linear in the tensors once these are known.
 
+use std::fmt::Debug;
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 
-use super::{Group, Once, read, round, scan};
+use super::{Combine, Group, Once, read, round, scan};
 
 /// `x_i . x_j` for all pairs of some vectors, in f64.
 #[derive(Debug, Clone, PartialEq)]
@@ -116,6 +117,31 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
         }
     }
     lanes.iter().sum::<f64>() + tail
+}
+
+/// A method whose result is a [`Weighted`] sum.
+pub(super) trait GramMethod: Debug + Send + Sync {
+    /// The sum.
+    fn sum(&self) -> &Weighted;
+
+    /// Its coefficients, one for each point.
+    fn find(&self, gram: &Gram, inputs: &[WeightRef]) -> Result<Vec<f64>, CheckpointError>;
+}
+
+impl<T: GramMethod> Combine for T {
+    fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
+        self.sum().coefficients(inputs, |gram| self.find(gram, inputs)).map(|_| ())
+    }
+
+    fn rows(
+        &self,
+        inputs: &[WeightRef],
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let found = self.sum().coefficients(inputs, |gram| self.find(gram, inputs))?;
+        self.sum().rows(found, inputs, rows, out)
+    }
 }
 
 /// `sum_m c_m W_m`, or `B + sum_m c_m (W_m - B)` where there is a base, with coefficients that follow from the Gram

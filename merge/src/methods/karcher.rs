@@ -1,10 +1,8 @@
 //! `karcher`: the point of the sphere nearest to all models.
 
-use std::ops::Range;
-
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 
-use super::gram::{Gram, Weighted};
+use super::gram::{Gram, GramMethod, Weighted};
 use super::{Base, Combine, Group, Method, Scope, number};
 
 /// The Riemannian mean of the directions of the models, times the mean of their lengths. All models count alike. In f32,
@@ -90,24 +88,13 @@ fn coefficients(gram: &Gram, max_iter: u64, tol: f64) -> Vec<f64> {
     u.iter().map(|a| a * mean).collect()
 }
 
-impl Karcher {
-    fn coefficients(&self, inputs: &[WeightRef]) -> Result<&[f32], CheckpointError> {
-        self.sum.coefficients(inputs, |gram| Ok(coefficients(gram, self.max_iter, self.tol)))
-    }
-}
-
-impl Combine for Karcher {
-    fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
-        self.coefficients(inputs).map(|_| ())
+impl GramMethod for Karcher {
+    fn sum(&self) -> &Weighted {
+        &self.sum
     }
 
-    fn rows(
-        &self,
-        inputs: &[WeightRef],
-        rows: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), CheckpointError> {
-        self.sum.rows(self.coefficients(inputs)?, inputs, rows, out)
+    fn find(&self, gram: &Gram, _: &[WeightRef]) -> Result<Vec<f64>, CheckpointError> {
+        Ok(coefficients(gram, self.max_iter, self.tol))
     }
 }
 

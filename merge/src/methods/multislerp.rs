@@ -1,10 +1,8 @@
 //! `multislerp`: the mean direction of several tensors, with their mean length.
 
-use std::ops::Range;
-
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 
-use super::gram::{Gram, Weighted};
+use super::gram::{Gram, GramMethod, Weighted};
 use super::{Base, Combine, Group, Method, Scope, flag, number};
 
 /// `unit(sum_m w_m x_m / |x_m|) * sum_m w_m |x_m|`, with `x = W`, or `x = W - B` and then `+ B`. In f32, rounded once.
@@ -74,34 +72,20 @@ fn coefficients(weights: &[f64], eps: f64, gram: &Gram) -> Option<Vec<f64>> {
     Some(direction.iter().map(|d| d / length * mean).collect())
 }
 
-impl MultiSlerp {
-    fn coefficients(&self, inputs: &[WeightRef]) -> Result<&[f32], CheckpointError> {
-        self.sum.coefficients(inputs, |gram| {
-            coefficients(&self.weights, self.eps, gram).ok_or_else(|| CheckpointError::Malformed {
-                what: "`multislerp` cannot be computed: the directions of the models cancel out"
-                    .into(),
-                file: inputs[0].origin().0,
-                tensor: Some(self.name.clone()),
-                expected: format!("a weighted mean direction longer than {:e}", self.eps),
-                found: "a mean of length zero".into(),
-                hint: Some("change the weights, or use `linear`".into()),
-            })
+impl GramMethod for MultiSlerp {
+    fn sum(&self) -> &Weighted {
+        &self.sum
+    }
+
+    fn find(&self, gram: &Gram, inputs: &[WeightRef]) -> Result<Vec<f64>, CheckpointError> {
+        coefficients(&self.weights, self.eps, gram).ok_or_else(|| CheckpointError::Malformed {
+            what: "`multislerp` cannot be computed: the directions of the models cancel out".into(),
+            file: inputs[0].origin().0,
+            tensor: Some(self.name.clone()),
+            expected: format!("a weighted mean direction longer than {:e}", self.eps),
+            found: "a mean of length zero".into(),
+            hint: Some("change the weights, or use `linear`".into()),
         })
-    }
-}
-
-impl Combine for MultiSlerp {
-    fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
-        self.coefficients(inputs).map(|_| ())
-    }
-
-    fn rows(
-        &self,
-        inputs: &[WeightRef],
-        rows: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), CheckpointError> {
-        self.sum.rows(self.coefficients(inputs)?, inputs, rows, out)
     }
 }
 

@@ -1,10 +1,8 @@
 //! `slerp`: along the arc between two tensors.
 
-use std::ops::Range;
-
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 
-use super::gram::{Gram, Weighted};
+use super::gram::{Gram, GramMethod, Weighted};
 use super::{Base, Combine, Group, Method, Scope, number};
 
 /// `sin((1-t) a)/sin(a) v0 + sin(t a)/sin(a) v1` with the angle `a` between the whole tensors, `v0` the base; straight
@@ -54,28 +52,15 @@ pub(super) fn arc(t: f64, cosine: f64) -> [f64; 2] {
     [((1.0 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin()]
 }
 
-impl Slerp {
-    fn coefficients(&self, inputs: &[WeightRef]) -> Result<&[f32], CheckpointError> {
-        self.sum.coefficients(inputs, |gram: &Gram| {
-            let (a, b) = (self.base, 1 - self.base);
-            let found = coefficients(self.t, [gram.dot(a, a), gram.dot(b, b), gram.dot(a, b)]);
-            Ok(vec![found[self.base], found[1 - self.base]])
-        })
-    }
-}
-
-impl Combine for Slerp {
-    fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
-        self.coefficients(inputs).map(|_| ())
+impl GramMethod for Slerp {
+    fn sum(&self) -> &Weighted {
+        &self.sum
     }
 
-    fn rows(
-        &self,
-        inputs: &[WeightRef],
-        rows: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), CheckpointError> {
-        self.sum.rows(self.coefficients(inputs)?, inputs, rows, out)
+    fn find(&self, gram: &Gram, _: &[WeightRef]) -> Result<Vec<f64>, CheckpointError> {
+        let (a, b) = (self.base, 1 - self.base);
+        let found = coefficients(self.t, [gram.dot(a, a), gram.dot(b, b), gram.dot(a, b)]);
+        Ok(vec![found[self.base], found[1 - self.base]])
     }
 }
 
