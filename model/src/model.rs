@@ -61,11 +61,11 @@ pub type Watch<'a> = dyn FnMut(Visited<'_>) + Send + 'a;
 /// A model that runs: its weights are views of the files they lie in.
 #[derive(Debug, Clone)]
 pub struct Model {
-    spec: Spec,
-    embedding: WeightRef,
-    layers: Vec<Layer>,
-    norm: RmsNorm,
-    head: FrozenLinear,
+    pub(crate) spec: Spec,
+    pub(crate) embedding: WeightRef,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: RmsNorm,
+    pub(crate) head: FrozenLinear,
 }
 
 impl Model {

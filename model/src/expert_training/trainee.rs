@@ -11,13 +11,12 @@ use super::{
     Route,
 };
 use crate::error::ModelError;
-use crate::layer::{Adapted, Gating, Layer, OtherRouter, Passed, Past, norm};
-use crate::model::{Tables, check_length, embed, in_pool};
+use crate::layer::{Adapted, Gating, Layer, OtherRouter, Passed, Past};
+use crate::model::{Model, Tables, check_length, embed, in_pool};
 use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
 use crate::probe::Batch;
 use crate::router_training::head::{Head, Losses, Target};
 use crate::spec::{Mlp, Spec};
-use crate::weights::Weights;
 
 /// What the loss is.
 #[derive(Debug, Clone, Copy)]
@@ -81,20 +80,8 @@ impl Trainee {
         if expert.map_or(fewest.is_some(), |e| e >= fewest.unwrap_or(0)) {
             return Err(ModelError::Expert { expert, experts: fewest.unwrap_or(0) });
         }
-        let weights = Weights::new(source, &spec)?.computed(exec);
-        let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
-        Ok(Self {
-            layers: (0..spec.layers.len())
-                .map(|l| Layer::load(&weights, &spec, l))
-                .collect::<Result<_, _>>()?,
-            norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: weights.frozen(head, None),
-            embedding,
-            spec,
-            expert,
-            route,
-        })
+        let Model { spec, embedding, layers, norm, head } = Model::open_with(source, exec)?;
+        Ok(Self { spec, embedding, layers, norm, head, expert, route })
     }
 
     /// What the model is made of.

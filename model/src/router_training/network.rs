@@ -11,12 +11,11 @@ use super::head::Head;
 use super::penalty::penalty;
 use super::windows::Piece;
 use crate::error::ModelError;
-use crate::layer::{Gating, Layer, OtherRouter, Passed, Past, norm};
-use crate::model::{Tables, check_length, embed};
+use crate::layer::{Gating, Layer, OtherRouter, Passed, Past};
+use crate::model::{Model, Tables, check_length, embed};
 use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
 use crate::probe::Batch;
 use crate::spec::{MoeMlp, Spec};
-use crate::weights::Weights;
 
 /// Why a pass did not come to its end.
 pub(super) enum Halt {
@@ -91,19 +90,8 @@ pub(super) struct Gradients {
 
 impl Network {
     pub fn open(source: &Source) -> Result<Self, ModelError> {
-        let spec = Spec::of(source)?;
-        let weights = Weights::new(source, &spec)?;
-        let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = if spec.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
-        Ok(Self {
-            layers: (0..spec.layers.len())
-                .map(|l| Layer::load(&weights, &spec, l))
-                .collect::<Result<_, _>>()?,
-            norm: norm(&weights, &spec, "model.norm.weight")?,
-            head: weights.frozen(head, None),
-            embedding,
-            spec,
-        })
+        let Model { spec, embedding, layers, norm, head } = Model::open(source)?;
+        Ok(Self { spec, embedding, layers, norm, head })
     }
 
     /// Number and rule of each MoE layer.
