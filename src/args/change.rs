@@ -14,6 +14,42 @@ pub enum Rows {
     All,
 }
 
+/// What an expert that comes is fitted to.
+#[derive(Debug, Args)]
+pub struct FitArgs {
+    /// Round weights of another dtype to the model's
+    #[arg(long)]
+    pub convert: bool,
+    /// A name for the expert (by default that of the one it replaces, or of its source)
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Fit the routers to text again: the changed expert's rows, or all of them; the text is that of `--prompts`, and of
+    /// the recipe in the folder for experts without text there
+    #[arg(long, value_enum, value_name = "ROWS", num_args = 0..=1, default_missing_value = "new")]
+    pub calibrate: Option<Rows>,
+}
+
+/// How a change is measured, and whether it is made.
+#[derive(Debug, Args)]
+pub struct HowArgs {
+    /// Why, for the journal
+    #[arg(short, long, value_name = "TEXT")]
+    pub message: Option<String>,
+    /// Text of the experts, as `calibrate` takes it, not that of the recipe in the folder: to measure the effect of the
+    /// change on, and for `--calibrate`
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Do not measure the effect on text
+    #[arg(long)]
+    pub no_forecast: bool,
+    /// Let the change wait beside the model until it is approved
+    #[arg(long, conflicts_with = "dry_run")]
+    pub stage: bool,
+    /// Check everything, tell what would be done, write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// Arguments of `swap`.
 #[derive(Debug, Args)]
 pub struct SwapArgs {
@@ -29,31 +65,10 @@ pub struct SwapArgs {
     /// Only in the layers A to B - 1
     #[arg(long, value_name = "A..B", value_parser = layers)]
     pub layers: Option<Range<usize>>,
-    /// Round weights of another dtype to the model's
-    #[arg(long)]
-    pub convert: bool,
-    /// A new name for the expert
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<String>,
-    /// Why, for the journal
-    #[arg(short, long, value_name = "TEXT")]
-    pub message: Option<String>,
-    /// Fit the routers to text again: the changed expert's rows, or all of them; the text is that of `--prompts`, and of
-    /// the recipe in the folder for experts without text there
-    #[arg(long, value_enum, value_name = "ROWS", num_args = 0..=1, default_missing_value = "new")]
-    pub calibrate: Option<Rows>,
-    /// Text of the experts, as `calibrate` takes it: for `--calibrate`, and to measure the effect of the change on
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// Do not measure the effect on text
-    #[arg(long)]
-    pub no_forecast: bool,
-    /// Let the change wait beside the model until it is approved
-    #[arg(long, conflicts_with = "dry_run")]
-    pub stage: bool,
-    /// Check everything, tell what would be done, write nothing
-    #[arg(long)]
-    pub dry_run: bool,
+    #[command(flatten)]
+    pub fit: FitArgs,
+    #[command(flatten)]
+    pub how: HowArgs,
 }
 
 /// Arguments of `add`.
@@ -65,31 +80,10 @@ pub struct AddArgs {
     /// expert of a MoE as `MOE#EXPERT`
     #[arg(long, value_name = "SOURCE")]
     pub with: String,
-    /// Its name (by default that of the source)
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<String>,
-    /// Round weights of another dtype to the model's
-    #[arg(long)]
-    pub convert: bool,
-    /// Why, for the journal
-    #[arg(short, long, value_name = "TEXT")]
-    pub message: Option<String>,
-    /// Fit the routers to text again: the changed expert's rows, or all of them; the text is that of `--prompts`, and of
-    /// the recipe in the folder for experts without text there
-    #[arg(long, value_enum, value_name = "ROWS", num_args = 0..=1, default_missing_value = "new")]
-    pub calibrate: Option<Rows>,
-    /// Text of the experts, as `calibrate` takes it: for `--calibrate`, and to measure the effect of the change on
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// Do not measure the effect on text
-    #[arg(long)]
-    pub no_forecast: bool,
-    /// Let the change wait beside the model until it is approved
-    #[arg(long, conflicts_with = "dry_run")]
-    pub stage: bool,
-    /// Check everything, tell what would be done, write nothing
-    #[arg(long)]
-    pub dry_run: bool,
+    #[command(flatten)]
+    pub fit: FitArgs,
+    #[command(flatten)]
+    pub how: HowArgs,
 }
 
 /// Arguments of `drop`.
@@ -100,21 +94,8 @@ pub struct DropArgs {
     /// The expert that goes: a name or a number
     #[arg(long, value_name = "N|NAME")]
     pub expert: String,
-    /// Why, for the journal
-    #[arg(short, long, value_name = "TEXT")]
-    pub message: Option<String>,
-    /// Measure the effect on the prompts of all experts in this file (as `calibrate` takes it), not on stored text
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// Do not measure the effect on text
-    #[arg(long)]
-    pub no_forecast: bool,
-    /// Let the change wait beside the model until it is approved
-    #[arg(long, conflicts_with = "dry_run")]
-    pub stage: bool,
-    /// Check everything, tell what would be done, write nothing
-    #[arg(long)]
-    pub dry_run: bool,
+    #[command(flatten)]
+    pub how: HowArgs,
 }
 
 /// Arguments of `extract`.

@@ -19,14 +19,14 @@ pub fn add(args: &AddArgs, common: &Common) -> Result<Outcome, Failure> {
     let mut edit = Edit::add(AddRequest {
         folder: args.path.clone(),
         with: args.with.clone(),
-        name: args.name.clone(),
-        convert: if args.convert { Convert::Yes } else { Convert::Never },
-        calibrate: recalibration(args.calibrate, args.prompts.as_deref()),
-        message: args.message.clone(),
+        name: args.fit.name.clone(),
+        convert: if args.fit.convert { Convert::Yes } else { Convert::Never },
+        calibrate: recalibration(args.fit.calibrate, args.how.prompts.as_deref()),
+        message: args.how.message.clone(),
         interrupt: exit::interrupt().clone(),
     })?;
-    edit.forecast(&forecast(args.prompts.as_deref(), args.no_forecast))?;
-    make(edit, How::of(args.dry_run, args.stage), common)
+    edit.forecast(&forecast(args.how.prompts.as_deref(), args.how.no_forecast))?;
+    make(edit, How::of(args.how.dry_run, args.how.stage), common)
 }
 
 /// Drops an expert, or tells what would be done.
@@ -34,11 +34,11 @@ pub fn drop(args: &DropArgs, common: &Common) -> Result<Outcome, Failure> {
     let mut edit = Edit::drop(DropRequest {
         folder: args.path.clone(),
         expert: args.expert.clone(),
-        message: args.message.clone(),
+        message: args.how.message.clone(),
         interrupt: exit::interrupt().clone(),
     })?;
-    edit.forecast(&forecast(args.prompts.as_deref(), args.no_forecast))?;
-    make(edit, How::of(args.dry_run, args.stage), common)
+    edit.forecast(&forecast(args.how.prompts.as_deref(), args.how.no_forecast))?;
+    make(edit, How::of(args.how.dry_run, args.how.stage), common)
 }
 
 /// How far a change goes.

@@ -13,21 +13,21 @@ use crate::render::{self, Failure, bytes};
 pub fn run(args: &SwapArgs, common: &Common) -> Result<Outcome, Failure> {
     let request = SwapRequest {
         layers: args.layers.clone(),
-        convert: if args.convert { Convert::Yes } else { Convert::Never },
-        name: args.name.clone(),
-        calibrate: recalibration(args.calibrate, args.prompts.as_deref()),
-        forecast: forecast(args.prompts.as_deref(), args.no_forecast),
-        message: args.message.clone(),
+        convert: if args.fit.convert { Convert::Yes } else { Convert::Never },
+        name: args.fit.name.clone(),
+        calibrate: recalibration(args.fit.calibrate, args.how.prompts.as_deref()),
+        forecast: forecast(args.how.prompts.as_deref(), args.how.no_forecast),
+        message: args.how.message.clone(),
         interrupt: exit::interrupt().clone(),
         ..SwapRequest::new(&args.path, &args.expert, &args.with)
     };
     let swap = Swap::prepare(request)?;
-    let report = match args.dry_run {
+    let report = match args.how.dry_run {
         true => swap.plan().clone(),
         false => {
             let bar =
                 Progress::new(swap.plan().expert_bytes, Unit::Bytes, common.quiet || common.json);
-            match args.stage {
+            match args.how.stage {
                 true => swap.stage(&|n| bar.advance(n))?,
                 false => swap.run(&|n| bar.advance(n))?,
             }
