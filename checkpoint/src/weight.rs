@@ -11,6 +11,10 @@ use rayon::prelude::*;
 use crate::error::CheckpointError;
 use crate::map::MappedFile;
 
+mod updated;
+
+pub use updated::{Update, Updated};
+
 /// A shared weight.
 pub type WeightRef = Arc<dyn Weight>;
 
