@@ -84,14 +84,22 @@ fn any_number_of_threads_gives_the_same_bytes() {
     let temp = tempfile::tempdir().unwrap();
     let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
     let data = cli::file(temp.path(), "kitchen.txt", kitchen::text(1, 6000).as_bytes());
-    let adapter = |name: &str, threads: &str| {
+    let adapter = |name: &str, threads: &str, extra: &[&str]| {
         let out = temp.path().join(name);
         let shown = out.display().to_string();
         let args = ["--expert", "1", "--data", &data, "--out", &shown, "--threads", threads];
-        report(&finetune(&folder, &[&args, &SHORT[..]].concat()));
+        report(&finetune(&folder, &[&args, &SHORT[..], extra].concat()));
         std::fs::read(out.join("adapter_model.safetensors")).unwrap()
     };
-    assert!(adapter("one", "1") == adapter("three", "3"));
+    let plain = adapter("one", "1", &[]);
+    assert!(plain == adapter("three", "3", &[]));
+    assert!(plain == adapter("none", "2", &["--dropout", "0"]));
+    let dropped = adapter("one-dropped", "1", &["--dropout", "0.2"]);
+    assert!(dropped == adapter("three-dropped", "3", &["--dropout", "0.2"]));
+    assert!(dropped != plain);
+    let config = std::fs::read(temp.path().join("one-dropped/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["lora_dropout"], 0.2);
 }
 
 #[test]
@@ -102,7 +110,8 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let at = |name: &str| temp.path().join(name).display().to_string();
     let state = at("state");
     let run = |out: &str, extra: &[&str]| {
-        let args = ["--expert", "1", "--data", &data, "--out", out, "--state", &state];
+        let args =
+            ["--expert", "1", "--data", &data, "--out", out, "--state", &state, "--dropout", "0.1"];
         let steps =
             ["--steps", "8", "--window", "64", "--batch-tokens", "256", "--evaluate-every", "2"];
         finetune(&folder, &[&args, &steps[..], extra].concat())
@@ -118,7 +127,7 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let mut child = std::process::Command::new(exe)
         .args(["finetune", &path, "--expert", "1", "--data", &data, "--out", &halves])
         .args(["--state", &state, "--steps", "8", "--window", "64", "--batch-tokens", "256"])
-        .args(["--evaluate-every", "2", "--quiet"])
+        .args(["--evaluate-every", "2", "--quiet", "--dropout", "0.1"])
         .env("CUDA_VISIBLE_DEVICES", "")
         .spawn()
         .unwrap();
