@@ -48,6 +48,7 @@ mod error;
 mod options;
 mod record;
 mod state;
+mod teacher;
 mod train;
 mod trained;
 
@@ -208,6 +209,7 @@ impl Finetune {
         let (documents, held_out) = self.split(&corpus, &encoder)?;
         let (route, exec) = (self.options.route, self.options.exec);
         let trainee = Trainee::open_with(&self.source, self.number(), route, exec)?;
+        let teacher = self.teacher()?;
         let begun = self.begun(&corpus)?;
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
             train::fresh(file)?;
@@ -224,7 +226,7 @@ impl Finetune {
         let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
         let mut run = Run {
             trainee: &trainee,
-            goal: Goal::NextToken,
+            goal: teacher.as_ref().map_or(Goal::NextToken, Goal::Teacher),
             kept,
             corpus: &corpus,
             documents,
@@ -284,6 +286,13 @@ impl Finetune {
             Output::Apply { .. } | Output::Stage { .. } => None,
         };
         self.options.state.clone().or_else(beside)
+    }
+
+    /// The model whose predictions are learnt, if one is named.
+    fn teacher(&self) -> Result<Option<Trainee>, FinetuneError> {
+        let o = &self.options;
+        let open = |path| teacher::open(path, (&self.source, &self.spec), self.window, o.exec);
+        o.teacher.as_deref().map(open).transpose()
     }
 
     /// Documents to train on, and batches of text that is not.
@@ -366,6 +375,7 @@ impl Finetune {
             "parts": self.options.parts,
             "layers": [self.plan.layers.start, self.plan.layers.end],
             "route": self.options.route,
+            "teacher": self.options.teacher,
             "keep": self.options.keep,
             "keep_data": self.options.keep_data,
             "keep_text": self.options.keep_text,
@@ -525,6 +535,7 @@ impl Finetune {
             "update": self.options.update,
             "parts": self.options.parts,
             "route": self.options.route,
+            "teacher": self.options.teacher,
             "training": self.options.training,
             "steps": report.steps,
             "best_step": report.best_step,
