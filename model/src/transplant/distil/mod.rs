@@ -1,53 +1,100 @@
-//! All MLPs of one expert trained together, towards its teacher's predictions.
+//! MLPs of experts trained together, in all layers, towards their teachers' predictions.
 //!
 //! A step: draw texts, run them through the student, and go back layer by layer, each computed again from its input. The
-//! gradient is that of `KL(teacher, student)` of the next token's distribution, mean over tokens; it reaches the matrices of
-//! the expert, and nothing else is trained. AdamW without decay; the rate falls in a straight line to a tenth.
+//! gradient is that of `KL(teacher, student)` of the next token's distribution, mean over tokens; it reaches the matrices of the
+//! experts that are trained and, where routers choose, the routers. AdamW without decay; the rate falls in a straight line to a
+//! tenth. Held-out texts are looked at on the way: the best numbers are kept, and training stops when they get no better.
 //!
 //! A step changes a number by about `learning_rate` times the root mean square of its matrix, whatever the model's width.
 
+use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
-use candle_core::{Tensor, Var};
-use moe_merge_checkpoint::{Source, WeightRef};
-use rand_chacha::ChaCha12Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use moe_merge_checkpoint::Source;
 
-use super::mlp::{Input, Mlp};
-use super::predictions::Predictions;
-use super::{Ending, Side, Student, go_together, missing};
 use crate::error::ModelError;
-use crate::layer::{Layer, Past};
-use crate::model::{Tables, embed};
-use crate::ops::{KnownGradient, tensor_like, to_vec};
-use crate::probe::Batch;
-use crate::spec::Spec;
+
+mod network;
+mod order;
+mod part;
+mod taught;
+
+use network::Network;
+use order::Order;
+use part::Step;
 
 /// Steps in which the rate rises.
 const WARM_UP: usize = 20;
 
+/// Which experts tokens visit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Visits {
+    /// All that of the one pupil, with the weight of a router that is certain; routers are left alone.
+    Forced,
+    /// Those that routers choose, with their weights; the routers are trained too.
+    Routed,
+}
+
+/// An expert, its texts, and the model that it comes from.
+#[derive(Debug, Clone)]
+pub struct Pupil<'a> {
+    /// Its number in the MoE; of no matter in a dense model.
+    pub expert: usize,
+    /// What it learns to predict.
+    pub teacher: &'a Source,
+    /// Texts of its kind, with the token that begins one, where the tokenizer has it.
+    pub texts: &'a [Vec<u32>],
+    /// Texts to judge by; none is ever trained on.
+    pub held_out: &'a [Vec<u32>],
+    /// The layers in which it is trained; empty for an expert that stays as it is.
+    pub layers: Range<usize>,
+}
+
 /// How to train. The same options, texts and models give the same numbers, on any number of threads.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Distillation {
-    /// Steps in all.
+    /// Steps at most.
     pub steps: usize,
-    /// About the most that a step changes a number, as a share of its matrix's root mean square.
+    /// About the most that a step changes a number of an MLP, as a share of its matrix's root mean square.
     pub learning_rate: f32,
-    /// Tokens of a step, about; at least one text.
+    /// About the most that a step moves a logit of a router, in nats.
+    pub router_rate: f32,
+    /// Train a product of this rank beside each matrix, not the matrix itself.
+    pub rank: Option<usize>,
+    /// Weight of `|x - t|² / |t|²` beside the divergence, with `x` and `t` the student's and the teacher's stream of a token:
+    /// mean over tokens and over all layers but the last.
+    pub stream: f32,
+    /// Tokens of a step, about; at least one text of each pupil.
     pub batch_tokens: usize,
-    /// Seed of the order of texts.
+    /// Steps between two looks at held-out text.
+    pub evaluate_every: usize,
+    /// Looks without gain after which training stops.
+    pub patience: usize,
+    /// Seed of the order of texts, and of first values.
     pub seed: u64,
 }
 
 impl Default for Distillation {
     fn default() -> Self {
-        Self { steps: 400, learning_rate: 0.015, batch_tokens: 1024, seed: 0 }
+        Self {
+            steps: 400,
+            learning_rate: 0.015,
+            router_rate: 0.3,
+            rank: None,
+            stream: 0.0,
+            batch_tokens: 1024,
+            evaluate_every: 40,
+            patience: 4,
+            seed: 0,
+        }
     }
 }
 
-/// Matrices of one layer after training.
+/// Matrices of one expert in one layer after training.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Distilled {
+pub struct Matrices {
+    /// The expert.
+    pub expert: usize,
     /// The layer.
     pub layer: usize,
     /// Width of the stream, and of the expert.
@@ -56,276 +103,188 @@ pub struct Distilled {
     pub weights: Vec<f32>,
 }
 
-/// Trains the expert of `student` in `layers`, on texts of its kind.
+/// What training came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Distilled {
+    /// Of all experts that were trained.
+    pub matrices: Vec<Matrices>,
+    /// Routers by layer, `[experts, hidden]`, where they chose.
+    pub gates: BTreeMap<usize, Vec<f32>>,
+    /// Steps made.
+    pub steps: usize,
+    /// The step that matrices and routers are from.
+    pub best_step: usize,
+    /// Divergence of each pupil on its held-out texts before the first step and at the best, in nats per token.
+    pub held_out: Vec<Option<[f64; 2]>>,
+}
+
+/// Where a run is between two steps: with it, a run goes on as if it had never stopped.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DistillationState {
+    /// Steps made.
+    pub steps: usize,
+    /// Looks at held-out text since the best one.
+    pub stale: usize,
+    /// The step of the best look.
+    pub best_step: usize,
+    /// Divergences on held-out text before the first step, and at the best look.
+    pub held_out: [Vec<Option<f64>>; 2],
+    /// What changes from step to step.
+    pub numbers: Vec<Vec<f32>>,
+    /// Matrices and routers at the best look.
+    pub best: Vec<Vec<f32>>,
+}
+
+/// Told of each step, with its loss and a way to have the state after it; `Break` stops.
+pub type Told<'a> = dyn FnMut(f64, &mut dyn FnMut() -> DistillationState) -> ControlFlow<()> + 'a;
+
+/// Trains experts of `student` on texts of their kind.
 ///
-/// * `done` is told of each step, with its loss in nats per token; `Break` stops
-/// * memory: the expert's MLPs in f32 four times over, the streams of a batch for each layer, 256 MB of predictions
+/// * `pupils`: of `Visits::Forced` exactly one
+/// * `state`: where an earlier run with the same arguments was when it stopped
+/// * memory: experts that tokens visit in f32, those that are trained five times over (three times at a low rank), the streams
+///   of a batch for each layer, 256 MB of predictions for each pupil
 ///
 /// # Errors
-/// [`ModelError::Transplant`] for models that do not go together, or if a loss is not finite; as [`crate::Model::open`] and
-/// [`crate::Model::forward`]; [`ModelError::Stopped`].
+/// [`ModelError::Transplant`] for models that do not go together, a state of another run, or if a loss is not finite; as
+/// [`crate::Model::open`] and [`crate::Model::forward`]; [`ModelError::Stopped`].
 pub fn distil(
-    student: Student<'_>,
-    teacher: &Source,
-    texts: &[Vec<u32>],
-    layers: Range<usize>,
+    student: &Source,
+    pupils: &[Pupil<'_>],
+    visits: Visits,
     options: &Distillation,
-    done: &mut dyn FnMut(f64) -> ControlFlow<()>,
-) -> Result<Vec<Distilled>, ModelError> {
-    let mut run = Run::new(student, teacher, texts, layers)?;
-    let mut order = Order::new(texts, options.seed);
-    for step in 0..options.steps {
-        let batch = order.next(options.batch_tokens);
-        let loss = run.gradient(texts, &batch)?;
+    state: Option<DistillationState>,
+    told: &mut Told<'_>,
+) -> Result<Distilled, ModelError> {
+    let network = Network::new(student, pupils, visits, options)?;
+    let mut run = Run { network, options, state: DistillationState::default() };
+    let order = |p: &Pupil<'_>| Order::new(p.texts, options.seed, p.expert as u64);
+    let mut orders: Vec<Order> = pupils.iter().map(order).collect();
+    let share = options.batch_tokens.div_ceil(pupils.len().max(1));
+    let mut draw = || orders.iter_mut().map(|o| o.next(share)).collect::<Vec<_>>();
+    match state {
+        Some(state) => {
+            run.go_on(state)?;
+            (0..run.state.steps).for_each(|_| drop(draw()));
+        }
+        None => {
+            let nats = run.network.held_out(options.batch_tokens)?;
+            run.state.held_out = [nats.clone(), nats.clone()];
+            run.look(nats);
+        }
+    }
+    while run.state.steps < options.steps && run.state.stale < options.patience.max(1) {
+        let loss = run.step(&draw())?;
+        if told(loss, &mut || run.state()).is_break() {
+            return Err(ModelError::Stopped("distilling was stopped".into()));
+        }
+    }
+    Ok(run.finished())
+}
+
+struct Run<'a> {
+    network: Network<'a>,
+    options: &'a Distillation,
+    /// Its numbers are those of the network, and empty here.
+    state: DistillationState,
+}
+
+impl Run<'_> {
+    /// One step, and the look at held-out text that may follow it.
+    fn step(&mut self, drawn: &Vec<Vec<usize>>) -> Result<f64, ModelError> {
+        let (options, steps) = (self.options, self.state.steps);
+        let loss = self.network.gradient(drawn)?;
         if !loss.is_finite() {
             return Err(ModelError::Transplant {
-                what: format!("distilling failed in step {}", step + 1),
+                what: format!("distilling failed in step {}", steps + 1),
                 expected: "a finite loss".into(),
                 found: loss.to_string(),
             });
         }
-        let left = 1.0 - 0.9 * step as f32 / options.steps as f32;
-        let begun = ((step + 1) as f32 / WARM_UP as f32).min(1.0);
-        run.update(step as i32 + 1, options.learning_rate * left * begun);
-        if done(loss).is_break() {
-            return Err(ModelError::Stopped("distilling was stopped".into()));
-        }
-    }
-    let of = |part: Part| Distilled {
-        layer: part.layer,
-        sizes: [part.mlp.hidden, part.mlp.inter],
-        weights: part.mlp.flat,
-    };
-    Ok(run.parts.into_iter().filter(|p| !p.moments.is_empty()).map(of).collect())
-}
-
-/// Texts in an order of their own for every round.
-struct Order {
-    lengths: Vec<usize>,
-    random: ChaCha12Rng,
-    left: Vec<usize>,
-}
-
-impl Order {
-    fn new(texts: &[Vec<u32>], seed: u64) -> Self {
-        let lengths = texts.iter().map(Vec::len).collect();
-        Self { lengths, random: ChaCha12Rng::seed_from_u64(seed), left: Vec::new() }
-    }
-
-    fn next(&mut self, tokens: usize) -> Vec<usize> {
-        let (mut batch, mut filled) = (Vec::new(), 0);
-        while filled < tokens && batch.len() < self.lengths.len() {
-            let Some(text) = self.left.pop() else {
-                self.left = (0..self.lengths.len()).collect();
-                for i in (1..self.left.len()).rev() {
-                    let j = self.random.next_u64() % (i as u64 + 1);
-                    self.left.swap(i, j as usize);
-                }
-                continue;
-            };
-            filled += self.lengths[text];
-            batch.push(text);
-        }
-        batch
-    }
-}
-
-/// The expert in one layer.
-struct Part {
-    layer: usize,
-    mlp: Mlp,
-    factor: f32,
-    gradient: Vec<f32>,
-    /// First and second moments of the gradient, one after the other; empty where nothing is trained.
-    moments: Vec<f32>,
-    /// Root mean square of each matrix at the start.
-    scale: [f32; 3],
-}
-
-struct Run {
-    spec: Spec,
-    embedding: WeightRef,
-    layers: Vec<Layer>,
-    parts: Vec<Part>,
-    ending: Ending,
-    predictions: Predictions,
-    /// First row of each text among all.
-    starts: Vec<usize>,
-}
-
-impl Run {
-    fn new(
-        student: Student<'_>,
-        teacher: &Source,
-        texts: &[Vec<u32>],
-        trained: Range<usize>,
-    ) -> Result<Self, ModelError> {
-        let (own, mut right) = (Side::new(student.source, texts)?, Side::new(teacher, texts)?);
-        go_together(&own, &right)?;
-        for l in 0..right.spec.layers.len() {
-            right.pass(&right.layer(l)?)?;
-            right.release(l);
-        }
-        let (ending, taught) = (own.ending()?, right.ending()?);
-        let predictions = Predictions::new(&ending.head()?, &taught.head()?, &right.stream()?)?;
-        let layers: Vec<Layer> =
-            (0..own.spec.layers.len()).map(|l| own.layer(l)).collect::<Result<_, _>>()?;
-        let mut parts = Vec::new();
-        for (l, layer) in layers.iter().enumerate() {
-            let found = layer.mlp_of(&own.spec, student.expert);
-            let (expert, factor) = found.ok_or_else(|| missing(student.expert))?;
-            let mlp = Mlp::of(expert, own.spec.activation)?;
-            let size = mlp.flat.len();
-            let learns = trained.contains(&l) && own.fitted(layer);
-            let moments = vec![0.0; if learns { 2 * size } else { 0 }];
-            let scale = [0, 1, 2].map(|m| rms(&mlp.flat[mlp.range(m)]));
-            parts.push(Part { layer: l, gradient: vec![0.0; size], mlp, factor, moments, scale });
-        }
-        let starts = texts
-            .iter()
-            .scan(0, |from, text| {
-                let start = *from;
-                *from += text.len();
-                Some(start)
-            })
-            .collect();
-        let embedding = own.weights.get("model.embed_tokens.weight")?;
-        Ok(Self { spec: own.spec, embedding, layers, parts, ending, predictions, starts })
-    }
-
-    /// Loss of some texts; the gradient is left in the parts.
-    fn gradient(&mut self, texts: &[Vec<u32>], chosen: &[usize]) -> Result<f64, ModelError> {
-        let batch = self.batch(texts, chosen)?;
-        let (mut x, mut inputs) = (batch.stream.clone(), Vec::new());
-        let mut tables = Tables::new(&batch.positions);
-        for (layer, part) in self.layers.iter().zip(&self.parts) {
-            let past = Past::None(&batch.rows);
-            let (after, h) = layer.attended(&self.spec, &x, tables.of(layer.rope()), past)?;
-            let rest = to_vec(&layer.without_experts(&self.spec, &after, &h)?)?;
-            let mut stream = part.mlp.forward(&to_vec(&h)?)?;
-            stream.iter_mut().zip(&rest).for_each(|(y, x)| *y = x + part.factor * *y);
-            let next = tensor_like(stream, &x)?;
-            inputs.push(std::mem::replace(&mut x, next));
-        }
-        let (loss, mut d) = self.loss(texts, chosen, &to_vec(&x)?)?;
-        let first = self.parts.iter().position(|p| !p.moments.is_empty()).unwrap_or(0);
-        for l in (first..self.layers.len()).rev() {
-            let Some(input) = inputs.pop() else { break };
-            let wanted = if l == first { Input::Frozen } else { Input::Followed };
-            let (layer, part) = (&self.layers[l], &mut self.parts[l]);
-            match back(&self.spec, layer, part, &input, &batch, &mut tables, d, wanted)? {
-                Some(next) => d = next,
-                None => break,
-            }
+        let left = 1.0 - 0.9 * steps as f32 / options.steps as f32;
+        let begun = ((steps + 1) as f32 / WARM_UP as f32).min(1.0);
+        let [rate, router_rate] =
+            [options.learning_rate, options.router_rate].map(|r| r * left * begun);
+        self.network.update(Step { number: steps as i32 + 1, rate, router_rate })?;
+        self.state.steps += 1;
+        let steps = self.state.steps;
+        if steps.is_multiple_of(options.evaluate_every.max(1)) || steps == options.steps {
+            let nats = self.network.held_out(options.batch_tokens)?;
+            self.look(nats);
         }
         Ok(loss)
     }
 
-    fn batch(&self, texts: &[Vec<u32>], chosen: &[usize]) -> Result<Batch, ModelError> {
-        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        for &text in chosen {
-            rows.push(tokens.len()..tokens.len() + texts[text].len());
-            positions.extend(0..texts[text].len() as u32);
-            tokens.extend_from_slice(&texts[text]);
+    /// Keeps what is best.
+    fn look(&mut self, nats: Vec<Option<f64>>) {
+        let state = &mut self.state;
+        if let (Some(now), Some(then)) = (mean(&nats), mean(&state.held_out[1]))
+            && now >= then
+            && state.steps > 0
+        {
+            state.stale += 1;
+            return;
         }
-        Ok(Batch { stream: embed(&self.spec, &self.embedding, &tokens)?, rows, positions })
+        let learning = self.network.parts.iter().flatten().filter(|p| p.learns());
+        let gates = self.network.gates.iter().flatten().map(|g| g.rows.clone());
+        state.best = learning.map(|p| p.mlp.flat.clone()).chain(gates).collect();
+        (state.stale, state.best_step, state.held_out[1]) = (0, state.steps, nats);
     }
 
-    /// Mean divergence over the tokens that have a teacher, and its gradient with respect to the last stream.
-    fn loss(
-        &self,
-        texts: &[Vec<u32>],
-        chosen: &[usize],
-        stream: &[f32],
-    ) -> Result<(f64, Vec<f32>), ModelError> {
-        let (hidden, head) = (self.spec.hidden, self.ending.head()?);
-        let (mut nats, mut count, mut at) = (0.0, 0, 0);
-        let mut d = vec![0.0; stream.len()];
-        for &text in chosen {
-            let (start, len) = (self.starts[text], texts[text].len());
-            let known = &self.predictions.rows;
-            let rows =
-                known.partition_point(|r| *r < start)..known.partition_point(|r| *r < start + len);
-            let places: Vec<usize> = known[rows.clone()].iter().map(|r| at + r - start).collect();
-            at += len;
-            if places.is_empty() {
-                continue;
-            }
-            let picked: Vec<f32> = places
-                .iter()
-                .flat_map(|p| &stream[p * hidden..(p + 1) * hidden])
-                .copied()
-                .collect();
-            let (sum, gradient) = self.predictions.losses(&head, rows, &picked)?;
-            (nats, count) = (nats + sum, count + places.len());
-            for (place, row) in places.iter().zip(gradient.chunks_exact(hidden)) {
-                d[place * hidden..(place + 1) * hidden].copy_from_slice(row);
-            }
-        }
-        let share = 1.0 / count.max(1) as f32;
-        d.iter_mut().for_each(|d| *d *= share);
-        Ok((nats / count.max(1) as f64, d))
+    fn state(&mut self) -> DistillationState {
+        let numbers = self.network.numbers().into_iter().map(|n| n.clone()).collect();
+        DistillationState { numbers, ..self.state.clone() }
     }
 
-    /// A step of AdamW down the gradient, which is then zero again.
-    fn update(&mut self, step: i32, rate: f32) {
-        const DECAY: [f32; 2] = [0.9, 0.999];
-        const LEAST: f32 = 1e-12;
-        let [first, second] = DECAY.map(|d| 1.0 - d.powi(step));
-        for part in self.parts.iter_mut() {
-            let size = part.gradient.len();
-            if part.moments.is_empty() {
-                part.gradient.fill(0.0);
-                continue;
-            }
-            let (means, squares) = part.moments.split_at_mut(size);
-            for matrix in 0..3 {
-                let (range, rate) = (part.mlp.range(matrix), rate * part.scale[matrix]);
-                let numbers =
-                    part.mlp.flat[range.clone()].iter_mut().zip(&mut part.gradient[range.clone()]);
-                let moments = means[range.clone()].iter_mut().zip(&mut squares[range]);
-                for ((w, g), (m, v)) in numbers.zip(moments) {
-                    *m = DECAY[0] * *m + (1.0 - DECAY[0]) * *g;
-                    *v = DECAY[1] * *v + (1.0 - DECAY[1]) * *g * *g;
-                    *w -= rate * (*m / first) / ((*v / second).sqrt() + LEAST);
-                    *g = 0.0;
-                }
-            }
+    /// Puts a state in the place of the start.
+    fn go_on(&mut self, mut state: DistillationState) -> Result<(), ModelError> {
+        let own = self.network.numbers();
+        let fits = own.len() == state.numbers.len()
+            && own.iter().zip(&state.numbers).all(|(own, new)| {
+                // How large a router's input is gets known in the first step.
+                own.len() == new.len() || own.is_empty() && new.len() == 1
+            });
+        if !fits {
+            return Err(ModelError::Transplant {
+                what: "the state belongs to another run".into(),
+                expected: format!("{} lists of numbers", own.len()),
+                found: format!("{} lists, or of other lengths", state.numbers.len()),
+            });
+        }
+        let numbers = std::mem::take(&mut state.numbers);
+        own.into_iter().zip(numbers).for_each(|(own, new)| *own = new);
+        self.state = state;
+        Ok(())
+    }
+
+    fn finished(self) -> Distilled {
+        let (Self { network, state, .. }, mut matrices) = (self, Vec::new());
+        let mut best = state.best.into_iter();
+        for (layer, parts) in network.parts.iter().enumerate() {
+            let learning = parts.iter().filter(|p| p.learns()).zip(best.by_ref());
+            matrices.extend(learning.map(|(p, weights)| {
+                let sizes = [p.mlp.hidden, p.mlp.inter];
+                Matrices { expert: p.expert, layer, sizes, weights }
+            }));
+        }
+        let routed = network.gates.iter().enumerate().filter(|(_, g)| g.is_some());
+        let gates = routed.map(|(l, _)| l).zip(best).collect();
+        let [first, last] = state.held_out;
+        let both = |(a, b): (Option<f64>, Option<f64>)| Some([a?, b?]);
+        Distilled {
+            matrices,
+            gates,
+            steps: state.steps,
+            best_step: state.best_step,
+            held_out: first.into_iter().zip(last).map(both).collect(),
         }
     }
 }
 
-/// Back through one layer, computed again from its input: gradients of its expert added, and the one of its input returned
-/// where it is wanted.
-#[expect(clippy::too_many_arguments, reason = "what a layer needs on the way back")]
-fn back(
-    spec: &Spec,
-    layer: &Layer,
-    part: &mut Part,
-    input: &Tensor,
-    batch: &Batch,
-    tables: &mut Tables<'_>,
-    d: Vec<f32>,
-    wanted: Input,
-) -> Result<Option<Vec<f32>>, ModelError> {
-    let x = Var::from_tensor(input)?.into_inner();
-    let table = tables.of(layer.rope());
-    let (after, h) = layer.attended(spec, &x, table, Past::None(&batch.rows))?;
-    let d_out: Vec<f32> = d.iter().map(|d| part.factor * d).collect();
-    let d_h = part.mlp.backward(&to_vec(&h)?, &d_out, &mut part.gradient, wanted)?;
-    let Some(d_h) = d_h else { return Ok(None) };
-    let rest = layer.without_experts(spec, &after, &h)?;
-    let d = tensor_like(d, &rest)?;
-    let d_h = tensor_like(d_h, &h)?;
-    let root = (rest.apply_op1(KnownGradient(d))? + h.apply_op1(KnownGradient(d_h))?)?;
-    let gradient = root.backward()?.remove(&x);
-    let lost = || candle_core::Error::msg("no gradient reached a layer's input");
-    Ok(Some(to_vec(&gradient.ok_or_else(lost)?)?))
-}
-
-fn rms(values: &[f32]) -> f32 {
-    let sum: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-    (sum / values.len().max(1) as f64).sqrt() as f32
+/// Mean over the pupils that have held-out text.
+fn mean(nats: &[Option<f64>]) -> Option<f64> {
+    let known: Vec<f64> = nats.iter().flatten().copied().collect();
+    (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
 }
 
 #[cfg(test)]
@@ -334,67 +293,175 @@ mod tests {
 
     use super::*;
 
-    /// Gradients of a whole student against slopes, with another model as its teacher.
+    fn open(name: &str) -> Option<Source> {
+        let folder = moe_merge_testkit::shared("golden/arch")?.join(name).display().to_string();
+        Some(Source::open(&folder.parse().unwrap(), Path::new(".")).unwrap())
+    }
+
+    /// Gradients of a whole student against slopes: of an expert that all tokens visit, and of all experts and routers behind
+    /// routers, with another model's predictions, and with its stream too.
     #[test]
     fn gradients_are_slopes() {
-        let Some(models) = moe_merge_testkit::shared("golden/arch") else { return };
-        let open = |name: &str| {
-            let folder = models.join(name).display().to_string();
-            Source::open(&folder.parse().unwrap(), Path::new(".")).unwrap()
-        };
-        for (student, teacher) in [("mixtral", "llama_tied"), ("qwen2_moe", "qwen2")] {
-            let (student, teacher) = (open(student), open(teacher));
-            let (a, b) = (Spec::of(&student).unwrap(), Spec::of(&teacher).unwrap());
-            let texts = [vec![1, 5, 9, 3], vec![2, 8, 4]];
-            let teacher =
-                match (a.layers.len(), a.hidden, a.vocab) == (b.layers.len(), b.hidden, b.vocab) {
-                    true => &teacher,
-                    false => &student,
-                };
-            let of = Student { source: &student, expert: 1 };
-            let layers = 0..a.layers.len();
-            let mut run = Run::new(of, teacher, &texts, layers).unwrap();
+        let texts = [vec![1, 5, 9, 3], vec![2, 8, 4]];
+        for (name, visits, stream) in [
+            ("mixtral", Visits::Forced, 0.0),
+            ("qwen2_moe", Visits::Forced, 0.5),
+            ("mixtral", Visits::Routed, 0.5),
+            ("qwen2_moe", Visits::Routed, 0.0),
+            ("olmoe", Visits::Routed, 0.0),
+        ] {
+            let Some(student) = open(name) else { return };
+            let layers = 0..crate::spec::Spec::of(&student).unwrap().layers.len();
+            let pupil = |expert| Pupil {
+                expert,
+                teacher: &student,
+                texts: &texts,
+                held_out: &[],
+                layers: layers.clone(),
+            };
+            let pupils = match visits {
+                Visits::Forced => vec![pupil(1)],
+                Visits::Routed => vec![pupil(0), pupil(1)],
+            };
+            let options = Distillation { stream, ..Distillation::default() };
+            let mut network = Network::new(&student, &pupils, visits, &options).unwrap();
             // A model is its own worst teacher: away from it first.
-            for part in &mut run.parts {
-                part.mlp
-                    .flat
-                    .iter_mut()
-                    .enumerate()
-                    .for_each(|(i, w)| *w *= 1.0 + 0.5 * ((i % 7) as f32 - 3.0) / 3.0);
+            for part in network.parts.iter_mut().flatten() {
+                let numbers = part.mlp.flat.iter_mut().enumerate();
+                numbers.for_each(|(i, w)| *w *= 1.0 + 0.5 * ((i % 7) as f32 - 3.0) / 3.0);
             }
-            run.gradient(&texts, &[0, 1]).unwrap();
-            let gradients: Vec<Vec<f32>> = run.parts.iter().map(|p| p.gradient.clone()).collect();
+            let drawn = vec![vec![0, 1]; pupils.len()];
+            network.gradient(&drawn).unwrap();
+            let of_layer = |l: usize| -> Vec<f32> {
+                let gate = network.gates[l].iter().flat_map(|g| g.gradient.iter());
+                let parts = network.parts[l].iter().flat_map(|p| p.gradient.iter());
+                parts.chain(gate).copied().collect()
+            };
+            let gradients: Vec<Vec<f32>> = layers.clone().map(of_layer).collect();
             for (l, gradient) in gradients.iter().enumerate() {
-                let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                assert!(norm > 0.0, "layer {l}");
-                let before = run.parts[l].mlp.flat.clone();
-                let length = before.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                let mut value = |by: f64| {
-                    let run = &mut run;
-                    let step = (by * length / norm) as f32;
-                    let moved = before.iter().zip(gradient).map(|(w, g)| w + step * g).collect();
-                    run.parts[l].mlp.flat = moved;
-                    run.gradient(&texts, &[0, 1]).unwrap()
-                };
-                // Curvature spoils large steps, rounding small ones.
-                let off = [1e-2, 3e-3, 1e-3, 3e-4].map(|by| {
-                    let slope = (value(by) - value(-by)) / (2.0 * by * length);
-                    (slope / norm - 1.0).abs()
-                });
-                value(0.0);
-                let least = off.into_iter().fold(f64::INFINITY, f64::min);
-                assert!(least < 5e-3, "layer {l}: {off:?}");
+                slopes(&mut network, &drawn, l, gradient, &format!("{name} {visits:?} {l}"));
             }
         }
     }
 
+    /// The loss along the gradient of all numbers of one layer.
+    fn slopes(
+        network: &mut Network<'_>,
+        drawn: &[Vec<usize>],
+        l: usize,
+        gradient: &[f32],
+        what: &str,
+    ) {
+        let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        assert!(norm > 0.0, "{what}");
+        let (parts, gate) = (network.parts[l].clone(), network.gates[l].clone());
+        let all = parts.iter().filter(|p| p.learns()).flat_map(|p| &p.mlp.flat);
+        let length = all.map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+        let drawn = drawn.to_vec();
+        let mut value = |by: f64| {
+            let step = (by * length / norm) as f32;
+            let mut left = gradient;
+            let mut moved = |numbers: &mut [f32]| {
+                let (own, rest) = left.split_at(numbers.len());
+                numbers.iter_mut().zip(own).for_each(|(w, g)| *w += step * g);
+                left = rest;
+            };
+            network.parts[l].clone_from(&parts);
+            network.gates[l].clone_from(&gate);
+            for part in network.parts[l].iter_mut().filter(|p| p.learns()) {
+                moved(&mut part.mlp.flat);
+            }
+            if let Some(gate) = &mut network.gates[l] {
+                moved(&mut gate.rows);
+            }
+            network.gradient(&drawn).unwrap()
+        };
+        // Curvature and routers that choose otherwise spoil large steps, rounding small ones.
+        let off = [1e-2, 3e-3, 1e-3, 3e-4].map(|by| {
+            let slope = (value(by) - value(-by)) / (2.0 * by * length);
+            (slope / norm - 1.0).abs()
+        });
+        let least = off.into_iter().fold(f64::INFINITY, f64::min);
+        assert!(least < 5e-3, "{what}: {off:?}");
+        network.parts[l].clone_from(&parts);
+        network.gates[l].clone_from(&gate);
+    }
+
+    /// An expert whose MLPs were disturbed comes back to what the undisturbed model says: whole, and at a low rank.
     #[test]
-    fn every_text_is_drawn_once_a_round() {
-        let texts = vec![vec![0; 10]; 6];
-        let mut order = Order::new(&texts, 1);
-        let mut seen: Vec<usize> = (0..3).flat_map(|_| order.next(20)).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
-        assert_eq!(order.next(1000).len(), 6);
+    fn a_disturbed_expert_is_taught_to_be_itself() {
+        let (Some(student), Some(teacher)) = (open("mixtral"), open("mixtral")) else { return };
+        let mut disturbed = student.clone();
+        for (name, weight) in &mut disturbed.tensors {
+            if name.contains(".experts.1.w2") {
+                let values = weight.to_f32().unwrap();
+                let moved: Vec<f32> = values
+                    .iter()
+                    .enumerate()
+                    .map(|(i, v)| v + 0.1 * ((i % 3) as f32 - 1.0))
+                    .collect();
+                let new = moe_merge_checkpoint::weight::OwnedWeight::from_f32(
+                    name,
+                    &moved,
+                    weight.shape(),
+                    moe_merge_checkpoint::Dtype::F32,
+                );
+                *weight = std::sync::Arc::new(new);
+            }
+        }
+        let layers = crate::spec::Spec::of(&student).unwrap().layers.len();
+        let vocab = crate::spec::Spec::of(&student).unwrap().vocab as u32;
+        let text = |seed: u32| (0..16).map(|i| (i * i * 7 + seed * 31 + i) % vocab).collect();
+        let texts: Vec<Vec<u32>> = (0..12).map(text).collect();
+        let held_out: Vec<Vec<u32>> = (12..16).map(text).collect();
+        let pupil = |expert, layers| Pupil {
+            expert,
+            teacher: &teacher,
+            texts: &texts,
+            held_out: &held_out,
+            layers,
+        };
+        let plain = Distillation {
+            steps: 60,
+            batch_tokens: 64,
+            evaluate_every: 10,
+            patience: 60,
+            ..Distillation::default()
+        };
+        let gentle = Distillation { learning_rate: 0.004, router_rate: 0.03, ..plain };
+        for (options, visits, share) in [
+            (plain, Visits::Forced, 0.7),
+            (Distillation { rank: Some(4), ..plain }, Visits::Forced, 0.85),
+            (Distillation { stream: 0.2, ..plain }, Visits::Forced, 0.7),
+            (gentle, Visits::Routed, 0.8),
+        ] {
+            let pupils = match visits {
+                Visits::Forced => vec![pupil(1, 0..layers)],
+                Visits::Routed => vec![pupil(0, 0..0), pupil(1, 0..layers)],
+            };
+            let run = || {
+                let go = &mut |_: f64, _: &mut dyn FnMut() -> DistillationState| {
+                    ControlFlow::Continue(())
+                };
+                distil(&disturbed, &pupils, visits, &options, None, go).unwrap()
+            };
+            let found = run();
+            let [before, after] = found.held_out.last().unwrap().unwrap();
+            assert!(after < share * before, "{options:?} {visits:?}: {before} {after}");
+            assert!(found.matrices.iter().all(|m| m.expert == 1));
+            assert_eq!(found.gates.len(), if visits == Visits::Routed { layers } else { 0 });
+            // Stopped on the way, and gone on from there.
+            let (mut made, mut kept) = (0, None);
+            let stop = &mut |_: f64, state: &mut dyn FnMut() -> DistillationState| {
+                made += 1;
+                kept = Some(state());
+                if made == 23 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            distil(&disturbed, &pupils, visits, &options, None, stop).unwrap_err();
+            assert_eq!(kept.as_ref().unwrap().steps, 23);
+            let go =
+                &mut |_: f64, _: &mut dyn FnMut() -> DistillationState| ControlFlow::Continue(());
+            assert_eq!(distil(&disturbed, &pupils, visits, &options, kept, go).unwrap(), found);
+        }
     }
 }
