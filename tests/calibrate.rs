@@ -242,7 +242,7 @@ fn what_is_refused_changes_nothing() {
     refused(
         &[&dense, "--prompts", &prompts],
         2,
-        &["the model has no routers", "`llama`", "hint: "],
+        &["the model is dense: it has no experts", "`llama`", "hint: "],
     );
     let args = [&path, "--prompts", &prompts, "--estimator", "hiden"];
     refused(&args, 2, &["unknown estimator `hiden`", "did you mean `hidden`?"]);

@@ -160,7 +160,7 @@ fn what_cannot_be_traced_is_explained() {
     let q = &*QUICKSTART;
     let dense = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart/base");
     run(&["route", &dense.display().to_string(), "--prompt", "x"])
-        .fails(2, &["the model is dense: it has no routers", "family `llama`", "hint: "]);
+        .fails(2, &["the model is dense: it has no experts", "family `llama`", "hint: "]);
     run(&["route", &q.moe, "--prompt", "x", "--labels", "cook"])
         .fails(2, &["no expert is called `cook`", "one of prose, code, math, or its number"]);
     run(&["route", &q.moe, "--prompt", "x", "--labels", "code,math"])

@@ -273,7 +273,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     refused("0", &format!("{path}#x"), &[], 2, &["no expert is called `x`"]);
     refused("0", &format!("{math}#1"), &[], 2, &["a dense model has no expert `1`"]);
     cli::run(&["swap", &base, "--expert", "0", "--with", &math])
-        .fails(2, &["the model has no experts", "hint: "]);
+        .fails(2, &["the model is dense: it has no experts", "hint: "]);
     let wrong = |key: &str, value: Value, more: Value| {
         let folder = temp.path().join(format!("{key}{value}").replace('"', ""));
         let mut config = json!({

@@ -1,6 +1,6 @@
 //! One expert more, one less.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use moe_merge_checkpoint::generation::commit;
@@ -14,15 +14,15 @@ use serde_json::{Value, json};
 use crate::calibrate::Recalibration;
 use crate::compatibility::Compatibility;
 use crate::donor::Donor;
-use crate::effect::{Effect, Watched};
+use crate::effect::Watched;
 use crate::error::AdaptError;
 use crate::mlp::Matrices;
 use crate::moe::Moe;
-use crate::proposal::{applied, effect, stage};
+use crate::proposal::{applied, stage};
+use crate::report::{ChangeReport, Forecast};
 use crate::structure::{Restructured, Slot, sources};
 use crate::swap::{
-    Convert, Forecast, Seconds, Unwatched, check_sizes, compatibility, convert, no_expert_there,
-    old_matrices,
+    Convert, Unwatched, check_sizes, compatibility, convert, no_expert_there, old_matrices,
 };
 
 /// What a person asks for.
@@ -60,38 +60,17 @@ pub struct DropRequest {
 /// What adding or dropping an expert does, or did.
 #[derive(Debug, Clone, Serialize)]
 pub struct EditReport {
-    /// The folder.
-    pub folder: PathBuf,
     /// `add` or `drop`.
     pub action: &'static str,
-    /// The generation that is live now; none if nothing was written.
-    pub generation: Option<u32>,
-    /// The generation before.
-    pub parent: u32,
-    /// Number of the expert that came or went.
-    pub expert: usize,
-    /// Its name.
-    pub name: String,
+    /// What every change reports.
+    #[serde(flatten)]
+    pub change: ChangeReport,
     /// Names of all experts then.
     pub experts: Vec<String>,
-    /// Bytes of new shards and index.
-    pub bytes_written: u64,
     /// How far source and model are from each other outside the experts.
     pub compatibility: Option<Compatibility>,
-    /// What it does to text, where that was asked for and there is text.
-    pub effect: Option<Effect>,
-    /// The generation that it would become, if it waits for approval: then nothing is live yet.
-    pub staged: Option<u32>,
-    /// Limits of the folder's settings that it breaks.
-    pub refused: Vec<String>,
-    /// Files that are new.
-    pub added: Vec<FileRecord>,
     /// Files that went to the store.
     pub removed: Vec<FileRecord>,
-    /// Where the time went.
-    pub seconds: Seconds,
-    /// What a person should know.
-    pub warnings: Vec<String>,
 }
 
 /// A change of the number of experts that was checked and can be made.
@@ -134,24 +113,23 @@ impl Edit {
         let restructured = Restructured::of(&moe, &slots, &new)?;
         let compatibility = compatibility(&moe, &donor)?;
         let names: Vec<String> = moe.names.iter().cloned().chain([name.clone()]).collect();
-        let mut warnings = moe.source.notes.clone();
-        warnings.extend(donor.source.notes.iter().cloned());
-        warnings.extend(compatibility.note(&donor.label));
-        warnings.extend(restructured.notes.clone());
-        warnings.extend(request.calibrate.is_none().then(|| unfitted(&name)));
         let details = json!({
             "expert": moe.names.len(), "name": name, "with": donor.short_label(),
             "base_difference": compatibility.difference,
         });
+        let unfitted = request.calibrate.is_none().then(|| unfitted(&name));
+        let mut change = ChangeReport::new(&moe, moe.names.len(), name);
+        change.warnings.extend(donor.source.notes.iter().cloned());
+        change.warnings.extend(compatibility.note(&donor.label));
+        change.warnings.extend(restructured.notes.clone());
+        change.warnings.extend(unfitted);
+        change.seconds.prepare = clock.elapsed().as_secs_f64();
         let report = EditReport {
             action: "add",
-            expert: moe.names.len(),
-            name,
+            change,
             experts: names.clone(),
             compatibility: Some(compatibility),
-            warnings,
-            seconds: Seconds { prepare: clock.elapsed().as_secs_f64(), ..Seconds::default() },
-            ..blank(&moe)
+            removed: Vec::new(),
         };
         let mut edit = Self {
             names: Some(names),
@@ -174,7 +152,7 @@ impl Edit {
     fn recalibrate(&mut self, wanted: &Recalibration) -> Result<(), AdaptError> {
         let clock = Instant::now();
         let after = applied(&self.moe.source, &self.change());
-        let (names, expert) = (&self.report.experts, self.report.expert);
+        let (names, expert) = (&self.report.experts, self.report.change.expert);
         let found = wanted.run(&self.moe, &after, names, expert, &self.interrupt, &Unwatched)?;
         let all = self.restructured.tensors.iter_mut().flat_map(|group| &mut group.tensors);
         for (name, weight) in all {
@@ -182,10 +160,10 @@ impl Edit {
                 *weight = Retyped::of(new.clone(), weight.dtype());
             }
         }
-        self.report.warnings.extend(found.notes);
+        self.report.change.warnings.extend(found.notes);
         self.details["calibrated"] = found.details;
         self.gate_mode = found.gate_mode;
-        self.report.seconds.calibrate = clock.elapsed().as_secs_f64();
+        self.report.change.seconds.calibrate = clock.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -206,9 +184,9 @@ impl Edit {
         let restructured = Restructured::of(&moe, &slots, &none)?;
         let mut names = moe.names.clone();
         let name = names.remove(expert);
-        let mut warnings = moe.source.notes.clone();
-        warnings.extend(restructured.notes.clone());
-        warnings.push(format!(
+        let mut change = ChangeReport::new(&moe, expert, name.clone());
+        change.warnings.extend(restructured.notes.clone());
+        change.warnings.push(format!(
             "the weights of `{name}` are kept for `rollback`; `moe-merge history {} --prune` removes them from the disk",
             moe.source.path.display()
         ));
@@ -216,14 +194,13 @@ impl Edit {
         if !known {
             names = (0..names.len()).map(|e| e.to_string()).collect();
         }
+        change.seconds.prepare = clock.elapsed().as_secs_f64();
         let report = EditReport {
             action: "drop",
-            expert,
-            name: name.clone(),
+            change,
             experts: names.clone(),
-            warnings,
-            seconds: Seconds { prepare: clock.elapsed().as_secs_f64(), ..Seconds::default() },
-            ..blank(&moe)
+            compatibility: None,
+            removed: Vec::new(),
         };
         Ok(Self {
             names: known.then_some(names),
@@ -254,20 +231,14 @@ impl Edit {
     /// # Errors
     /// Text that cannot be read; what running the models meets.
     pub fn forecast(&mut self, forecast: &Forecast) -> Result<(), AdaptError> {
-        let prompts = match forecast {
-            Forecast::None => return Ok(()),
-            Forecast::Stored => None,
-            Forecast::Prompts(file) => Some(file.as_path()),
-        };
-        let expert = Some(self.report.expert);
+        let expert = Some(self.report.change.expert);
         let watched = match self.report.action {
             "add" => Watched { before: None, after: expert },
             _ => Watched { before: expert, after: None },
         };
-        let (effect, notes) = effect(&self.moe, &self.change(), watched, prompts, &self.interrupt)?;
-        self.report.warnings.extend(notes);
-        self.report.seconds.forecast = effect.as_ref().map_or(0.0, |e| e.seconds);
-        self.report.effect = effect;
+        let mut report = self.report.change.clone();
+        report.forecast(&self.moe, &self.change(), watched, forecast, &self.interrupt)?;
+        self.report.change = report;
         Ok(())
     }
 
@@ -280,13 +251,8 @@ impl Edit {
         let watch = Watch { interrupt: &self.interrupt, progress };
         let made = commit(&self.moe.source.path, &self.change(), watch)?;
         let mut report = self.report;
-        report.generation = Some(made.number);
-        report.parent = made.parent;
-        report.bytes_written = made.bytes_written;
-        report.added = made.added;
-        report.removed = made.removed;
-        report.warnings.extend(made.notes);
-        report.seconds.write = clock.elapsed().as_secs_f64();
+        report.removed.clone_from(&made.removed);
+        report.change.made(made, clock);
         Ok(report)
     }
 
@@ -296,19 +262,15 @@ impl Edit {
     /// What writing meets; then nothing is left.
     pub fn stage(self, progress: &(dyn Fn(u64) + Sync)) -> Result<EditReport, AdaptError> {
         let watch = Watch { interrupt: &self.interrupt, progress };
-        let staged = stage(&self.moe, &self.change(), self.report.effect.clone(), watch)?;
+        let staged = stage(&self.moe, &self.change(), self.report.change.effect.clone(), watch)?;
         let mut report = self.report;
-        report.staged = Some(staged.generation);
-        report.refused = staged.refused;
-        report.bytes_written = staged.bytes_written;
-        report.warnings.extend(staged.warnings);
-        report.seconds.write = staged.seconds;
+        report.change.waits(staged);
         Ok(report)
     }
 
     fn change(&self) -> Change<'_> {
         let mut details = self.details.clone();
-        if let Some(effect) = &self.report.effect {
+        if let Some(effect) = &self.report.change.effect {
             details["effect"] = json!(effect);
         }
         Change {
@@ -325,26 +287,4 @@ impl Edit {
 /// What an expert without a gate row of its own should be told about.
 fn unfitted(name: &str) -> String {
     format!("the gate row of `{name}` is the mean of the others: `--calibrate` fits it to text")
-}
-
-/// A report that says nothing yet.
-fn blank(moe: &Moe) -> EditReport {
-    EditReport {
-        folder: moe.source.path.clone(),
-        action: "",
-        generation: None,
-        parent: moe.generation(),
-        expert: 0,
-        name: String::new(),
-        experts: Vec::new(),
-        bytes_written: 0,
-        compatibility: None,
-        effect: None,
-        staged: None,
-        refused: Vec::new(),
-        added: Vec::new(),
-        removed: Vec::new(),
-        seconds: Seconds::default(),
-        warnings: Vec::new(),
-    }
 }

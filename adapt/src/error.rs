@@ -24,20 +24,6 @@ pub enum AdaptError {
         /// The expert that has none, if the others have some.
         expert: String,
     },
-    /// A model without experts.
-    #[error("the model has no experts")]
-    Dense {
-        /// The model.
-        path: PathBuf,
-        /// Its `model_type`.
-        family: String,
-    },
-    /// Something that is no folder of its own.
-    #[error("only a model folder can be changed")]
-    NotAFolder {
-        /// As a person wrote it.
-        found: String,
-    },
     /// No expert is called so.
     #[error("no expert is called `{wanted}`")]
     NoExpert {
@@ -209,18 +195,6 @@ impl Explain for AdaptError {
                     },
                 ),
             ],
-            Self::Dense { path, family } => vec![
-                ("path", show(path)),
-                ("expected", "a mixture of experts".into()),
-                ("found", format!("a `{family}` with one MLP in every layer")),
-            ],
-            Self::NotAFolder { found } => vec![
-                (
-                    "expected",
-                    "a folder with `config.json` and safetensors, without `+ADAPTER`".into(),
-                ),
-                ("found", format!("`{found}`")),
-            ],
             Self::NoExpert { path, known, .. } => vec![
                 ("path", path.clone()),
                 (
@@ -285,7 +259,6 @@ impl Explain for AdaptError {
             Self::Merge(e) => e.hint(),
             Self::Calibrate(e) => e.hint(),
             Self::NoText { .. } => Some("name a file with `--prompts FILE`".into()),
-            Self::Dense { .. } => Some("`moe-merge RECIPE` builds a MoE of several models".into()),
             Self::NoExpert { wanted, known, .. } => {
                 let near = moe_merge_merge::recipe::nearest(
                     wanted,

@@ -23,6 +23,7 @@ mod history;
 mod mlp;
 mod moe;
 mod proposal;
+mod report;
 mod structure;
 mod swap;
 
@@ -39,4 +40,5 @@ pub use moe::Moe;
 pub use proposal::{
     ApproveRequest, Proposal, ProposalReport, approve, discard, proposals, propose,
 };
-pub use swap::{Convert, Forecast, Seconds, Swap, SwapReport, SwapRequest, swap};
+pub use report::{ChangeReport, Forecast, Seconds};
+pub use swap::{Convert, Swap, SwapReport, SwapRequest, swap};

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use moe_merge_checkpoint::manifest::Manifest;
 use moe_merge_checkpoint::{Source, SourceRef, generation};
+use moe_merge_merge::MergeError;
 use moe_merge_merge::documents::expert_names;
-use moe_merge_model::Spec;
 use moe_merge_model::spec::MoeMlp;
+use moe_merge_model::{ModelError, Spec};
 
 use crate::error::AdaptError;
 
@@ -28,7 +29,7 @@ impl Moe {
     /// Opens the model in `folder`. A change whose process was killed is finished or undone first, where that may be.
     ///
     /// # Errors
-    /// [`AdaptError::NotAFolder`], [`AdaptError::Dense`], and what opening meets.
+    /// [`MergeError::NotAFolder`], [`ModelError::NoExperts`], and what opening meets.
     pub fn open(folder: &str) -> Result<Self, AdaptError> {
         let path = Path::new(folder);
         if path.is_dir() {
@@ -39,12 +40,12 @@ impl Moe {
         let manifest = Manifest::load(path)?;
         let source = Source::open(&reference, Path::new(""))?;
         if reference.lora.is_some() || !source.path.is_dir() {
-            return Err(AdaptError::NotAFolder { found: folder.to_owned() });
+            return Err(MergeError::NotAFolder { found: folder.to_owned() }.into());
         }
         let spec = Spec::of(&source)?;
         let Some(experts) = spec.moe_layers().next().map(|(_, moe)| moe.experts) else {
-            let family = source.config.model_type().to_owned();
-            return Err(AdaptError::Dense { path: source.path, family });
+            let (path, family) = (source.path, spec.family);
+            return Err(ModelError::NoExperts { path, family }.into());
         };
         let names = expert_names(&source.path, experts)?;
         Ok(Self { source, spec, names, manifest })

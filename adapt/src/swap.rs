@@ -1,11 +1,11 @@
 //! One expert in place of another.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use moe_merge_checkpoint::generation::commit;
-use moe_merge_checkpoint::manifest::{FileRecord, SourceRecord};
+use moe_merge_checkpoint::manifest::SourceRecord;
 use moe_merge_checkpoint::weight::Retyped;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{Change, Dtype, Interrupt, NewTensors, WeightRef};
@@ -17,11 +17,12 @@ use serde_json::{Value, json};
 use crate::calibrate::{Recalibrated, Recalibration};
 use crate::compatibility::{Compatibility, difference, root_mean_square};
 use crate::donor::Donor;
-use crate::effect::{Effect, Watched};
+use crate::effect::Watched;
 use crate::error::AdaptError;
 use crate::mlp::{self, Matrices};
 use crate::moe::Moe;
-use crate::proposal::{applied, effect, stage};
+use crate::proposal::{applied, stage};
+use crate::report::{ChangeReport, Forecast};
 
 /// Whether weights of another dtype are rounded to the model's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,18 +59,6 @@ pub struct SwapRequest {
     pub interrupt: Interrupt,
 }
 
-/// Whether the effect of a change on text is measured before it is made.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Forecast {
-    /// It is not.
-    #[default]
-    None,
-    /// On the evaluation text of the folder's settings, else on the prompts of the recipe in the folder, if there are any.
-    Stored,
-    /// On the prompts of all experts in this file, as `calibrate` takes it.
-    Prompts(PathBuf),
-}
-
 impl SwapRequest {
     /// All layers, no message.
     pub fn new(folder: &str, expert: &str, with: &str) -> Self {
@@ -91,24 +80,15 @@ impl SwapRequest {
 /// What a swap does, or did.
 #[derive(Debug, Clone, Serialize)]
 pub struct SwapReport {
-    /// The folder.
-    pub folder: PathBuf,
-    /// The generation that is live now; none if nothing was written.
-    pub generation: Option<u32>,
-    /// The generation before.
-    pub parent: u32,
-    /// Number of the expert.
-    pub expert: usize,
-    /// Its name now.
-    pub name: String,
-    /// Where it comes from.
+    /// What every change reports.
+    #[serde(flatten)]
+    pub change: ChangeReport,
+    /// Where the new expert comes from.
     pub with: String,
     /// Layers in which it changes.
     pub layers: Vec<usize>,
     /// Bytes of the new matrices, as the model stores them.
     pub expert_bytes: u64,
-    /// Bytes of new shards and index; 0 if nothing was written.
-    pub bytes_written: u64,
     /// Dtypes before and after rounding, if there was any.
     pub converted: Option<[String; 2]>,
     /// How far the two models are from each other outside the experts.
@@ -117,31 +97,6 @@ pub struct SwapReport {
     pub difference: f64,
     /// How the routers were fitted again, if they were.
     pub calibrated: Option<Value>,
-    /// What it does to text, where that was asked for and there is text.
-    pub effect: Option<Effect>,
-    /// Whether it waits for approval: then nothing is live yet.
-    pub staged: Option<u32>,
-    /// Limits of the folder's settings that it breaks.
-    pub refused: Vec<String>,
-    /// Files that are new, the index among them.
-    pub added: Vec<FileRecord>,
-    /// Where the time went.
-    pub seconds: Seconds,
-    /// What a person should know.
-    pub warnings: Vec<String>,
-}
-
-/// Where the time of a change went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Seconds {
-    /// Opening, checking, comparing.
-    pub prepare: f64,
-    /// Fitting routers.
-    pub calibrate: f64,
-    /// Running text through both models.
-    pub forecast: f64,
-    /// Writing and switching.
-    pub write: f64,
 }
 
 /// A swap that was checked and can be made.
@@ -190,7 +145,7 @@ impl Swap {
         check_sizes(&moe, &donor)?;
         let mut report = blank(&request, &moe, &donor, expert)?;
         report.layers = layers.iter().map(|(l, _)| *l).collect();
-        report.warnings.extend(report.compatibility.note(&donor.label));
+        report.change.warnings.extend(report.compatibility.note(&donor.label));
         let mut differences = Vec::new();
         let mut tensors = Vec::new();
         for (layer, experts) in &layers {
@@ -209,9 +164,9 @@ impl Swap {
         }
         report.difference = root_mean_square(&differences);
         if report.difference == 0.0 {
-            report.warnings.push("the new expert has the weights of the old one".into());
+            report.change.warnings.push("the new expert has the weights of the old one".into());
         }
-        report.seconds.prepare = clock.elapsed().as_secs_f64();
+        report.change.seconds.prepare = clock.elapsed().as_secs_f64();
         let mut swap =
             Self { request, moe, donor, expert, layers, tensors, recalibrated: None, report };
         swap.recalibrate()?;
@@ -227,26 +182,20 @@ impl Swap {
         let names = self.names().unwrap_or_else(|| self.moe.names.clone());
         let interrupt = &self.request.interrupt;
         let found = wanted.run(&self.moe, &after, &names, self.expert, interrupt, &Unwatched)?;
-        self.report.warnings.extend(found.notes.iter().cloned());
+        self.report.change.warnings.extend(found.notes.iter().cloned());
         self.report.calibrated = Some(found.details.clone());
-        self.report.seconds.calibrate = clock.elapsed().as_secs_f64();
+        self.report.change.seconds.calibrate = clock.elapsed().as_secs_f64();
         self.recalibrated = Some(found);
         Ok(())
     }
 
     /// Measures the effect on text, if that is asked for.
     fn forecast(&mut self) -> Result<(), AdaptError> {
-        let prompts = match &self.request.forecast {
-            Forecast::None => return Ok(()),
-            Forecast::Stored => None,
-            Forecast::Prompts(file) => Some(file.as_path()),
-        };
         let watched = Watched { before: Some(self.expert), after: Some(self.expert) };
-        let interrupt = &self.request.interrupt;
-        let (effect, notes) = effect(&self.moe, &self.change(), watched, prompts, interrupt)?;
-        self.report.warnings.extend(notes);
-        self.report.seconds.forecast = effect.as_ref().map_or(0.0, |e| e.seconds);
-        self.report.effect = effect;
+        let (forecast, interrupt) = (&self.request.forecast, &self.request.interrupt);
+        let mut report = self.report.change.clone();
+        report.forecast(&self.moe, &self.change(), watched, forecast, interrupt)?;
+        self.report.change = report;
         Ok(())
     }
 
@@ -264,12 +213,7 @@ impl Swap {
         let watch = Watch { interrupt: &self.request.interrupt, progress };
         let made = commit(&self.moe.source.path, &self.change(), watch)?;
         let mut report = self.report;
-        report.generation = Some(made.number);
-        report.parent = made.parent;
-        report.bytes_written = made.bytes_written;
-        report.added = made.added;
-        report.warnings.extend(made.notes);
-        report.seconds.write = clock.elapsed().as_secs_f64();
+        report.change.made(made, clock);
         Ok(report)
     }
 
@@ -279,13 +223,9 @@ impl Swap {
     /// What writing meets; then nothing is left.
     pub fn stage(self, progress: &(dyn Fn(u64) + Sync)) -> Result<SwapReport, AdaptError> {
         let watch = Watch { interrupt: &self.request.interrupt, progress };
-        let staged = stage(&self.moe, &self.change(), self.report.effect.clone(), watch)?;
+        let staged = stage(&self.moe, &self.change(), self.report.change.effect.clone(), watch)?;
         let mut report = self.report;
-        report.staged = Some(staged.generation);
-        report.refused = staged.refused;
-        report.bytes_written = staged.bytes_written;
-        report.warnings.extend(staged.warnings);
-        report.seconds.write = staged.seconds;
+        report.change.waits(staged);
         Ok(report)
     }
 
@@ -349,14 +289,14 @@ impl Swap {
     fn details(&self) -> Value {
         json!({
             "expert": self.expert,
-            "name": self.report.name,
+            "name": self.report.change.name,
             "with": self.donor.short_label(),
             "layers": runs(&self.report.layers),
             "converted": self.report.converted,
             "expert_difference": self.report.difference,
             "base_difference": self.report.compatibility.difference,
             "calibrated": self.report.calibrated,
-            "effect": self.report.effect,
+            "effect": self.report.change.effect,
         })
     }
 }
@@ -368,26 +308,18 @@ fn blank(
     donor: &Donor,
     expert: usize,
 ) -> Result<SwapReport, AdaptError> {
+    let name = request.name.clone().unwrap_or_else(|| moe.names[expert].clone());
+    let mut change = ChangeReport::new(moe, expert, name);
+    change.warnings.extend(donor.source.notes.iter().cloned());
     Ok(SwapReport {
-        folder: moe.source.path.clone(),
-        generation: None,
-        parent: moe.generation(),
-        expert,
-        name: request.name.clone().unwrap_or_else(|| moe.names[expert].clone()),
+        change,
         with: donor.label.clone(),
         layers: Vec::new(),
         expert_bytes: 0,
-        bytes_written: 0,
         converted: None,
         compatibility: compatibility(moe, donor)?,
         difference: 0.0,
         calibrated: None,
-        effect: None,
-        staged: None,
-        refused: Vec::new(),
-        added: Vec::new(),
-        seconds: Seconds::default(),
-        warnings: moe.source.notes.iter().chain(&donor.source.notes).cloned().collect(),
     })
 }
 

@@ -12,8 +12,8 @@ use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, SourceRef, WeightRef};
-use moe_merge_model::Spec;
 use moe_merge_model::spec::{Mlp, MoeMlp};
+use moe_merge_model::{ModelError, Spec};
 
 use moe_merge_router::{Estimator, Gate, Method};
 use serde::Serialize;
@@ -24,6 +24,7 @@ use crate::documents::{
     Cutting, DEFAULT_PROMPT_TOKENS, Encoder, Unprompted, encode_labelled, expert_names,
     read_labelled,
 };
+use crate::error::MergeError;
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::self_text::Writing;
 use crate::training::{TrainOptions, TrainSummary, Training};
@@ -145,7 +146,7 @@ impl Calibration {
         let generation = Manifest::load(Path::new(path))?.map_or(0, |m| m.generation);
         let source = Source::open(&reference, Path::new("."))?;
         if reference.lora.is_some() || !source.path.is_dir() {
-            return Err(CalibrateError::NotAFolder { found: path.to_owned() });
+            return Err(MergeError::NotAFolder { found: path.to_owned() }.into());
         }
         Self::of(source, None, generation, options)
     }
@@ -168,8 +169,8 @@ impl Calibration {
         let spec = Spec::of(&source)?;
         let layers = moe_layers(&spec);
         let Some((_, first)) = layers.first() else {
-            let family = source.config.model_type().to_owned();
-            return Err(CalibrateError::Dense { path: source.path.clone(), family });
+            let (path, family) = (source.path.clone(), spec.family);
+            return Err(ModelError::NoExperts { path, family }.into());
         };
         let names = match names {
             Some(names) => names,

@@ -56,6 +56,12 @@ pub enum MergeError {
         /// Place in the recipe, where it is known: `recipe.yaml:9:5  experts[2].source_model`.
         recipe: Option<String>,
     },
+    /// A model that is to be changed, and is no folder of its own.
+    #[error("only a model folder can be changed")]
+    NotAFolder {
+        /// As a person wrote it.
+        found: String,
+    },
     /// A value given on the command line, or by a program, that cannot be used.
     #[error("{what}")]
     Argument {
@@ -113,7 +119,9 @@ impl Explain for MergeError {
             Self::Documents(e) => e.kind(),
             Self::Training(e) => e.kind(),
             Self::Router { .. } => Kind::Usage,
-            Self::Incompatible { .. } | Self::Argument { .. } => Kind::Usage,
+            Self::Incompatible { .. } | Self::NotAFolder { .. } | Self::Argument { .. } => {
+                Kind::Usage
+            }
             Self::At { error, .. } => error.kind(),
         }
     }
@@ -136,6 +144,13 @@ impl Explain for MergeError {
                 fields.extend(recipe.iter().map(|r| ("recipe", r.clone())));
                 fields
             }
+            Self::NotAFolder { found } => vec![
+                (
+                    "expected",
+                    "a folder with `config.json` and safetensors, without `+ADAPTER`".into(),
+                ),
+                ("found", format!("`{found}`")),
+            ],
             Self::Argument { name, expected, found, .. } => vec![
                 ("option", name.clone()),
                 ("expected", expected.clone()),
@@ -159,6 +174,7 @@ impl Explain for MergeError {
             Self::Training(e) => e.hint(),
             Self::Router { source, .. } => source.hint(),
             Self::Incompatible { hint, .. } => Some(hint.clone()),
+            Self::NotAFolder { .. } => None,
             Self::Argument { hint, .. } => hint.clone(),
             Self::At { error, .. } => error.hint(),
         }

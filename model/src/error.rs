@@ -24,9 +24,9 @@ pub enum ModelError {
     /// Weights are missing, misshapen or unreadable.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A model without MoE layers, where routers were asked for.
-    #[error("the model is dense: it has no routers")]
-    NoRouters {
+    /// A model without MoE layers, where experts or routers were asked for.
+    #[error("the model is dense: it has no experts")]
+    NoExperts {
         /// The model.
         path: PathBuf,
         /// Its family.
@@ -106,7 +106,7 @@ impl Explain for ModelError {
     fn kind(&self) -> Kind {
         match self {
             Self::Checkpoint(e) => e.kind(),
-            Self::NoRouters { .. }
+            Self::NoExperts { .. }
             | Self::TopK { .. }
             | Self::Expert { .. }
             | Self::TooLong { .. }
@@ -127,7 +127,7 @@ impl Explain for ModelError {
                 ("found", found.clone()),
             ],
             Self::Checkpoint(e) => e.fields(),
-            Self::NoRouters { path, family } => vec![
+            Self::NoExperts { path, family } => vec![
                 ("path", path.display().to_string()),
                 ("expected", "a mixture-of-experts model".into()),
                 ("found", format!("family `{family}`, no MoE layer")),
@@ -169,7 +169,7 @@ impl Explain for ModelError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Checkpoint(e) => e.hint(),
-            Self::NoRouters { .. } => {
+            Self::NoExperts { .. } => {
                 Some("`moe-merge RECIPE.yaml` builds a MoE from dense models".into())
             }
             Self::TooLong { what: "the context", .. } => {

@@ -42,7 +42,7 @@ const STATES: usize = 64 << 20;
 /// Memory: one layer, and the hidden states of the windows of a pass (about 200 MB at most).
 ///
 /// # Errors
-/// [`ModelError::NoRouters`] for a dense model; [`TextError::EmptyText`], [`TextError::TooLong`] and
+/// [`ModelError::NoExperts`] for a dense model; [`TextError::EmptyText`], [`TextError::TooLong`] and
 /// [`TextError::Parameter`] for texts and windows that cannot be used; what opening and running a model meets.
 pub fn trace(
     source: &Source,
@@ -55,7 +55,7 @@ pub fn trace(
     let spec = Spec::of(source)?;
     if spec.moe_layers().next().is_none() {
         let path = source.path.clone();
-        return Err(ModelError::NoRouters { path, family: spec.family }.into());
+        return Err(ModelError::NoExperts { path, family: spec.family }.into());
     }
     let weights = Weights::new(source, &spec)?;
     let pieces = cut(&spec, texts, bos, window)?;

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use moe_merge_adapt::{
-    AddRequest, Convert, DropRequest, Edit, EditReport, ExtractRequest, Moe, default_output,
+    AddRequest, ChangeReport, Convert, DropRequest, Edit, EditReport, ExtractRequest, Moe,
+    default_output,
 };
 use moe_merge_checkpoint::Replace;
 
@@ -70,7 +71,7 @@ fn make(edit: Edit, how: How, common: &Common) -> Result<Outcome, Failure> {
         How::Live => edit.run(&|n| bar.advance(n))?,
     };
     std::mem::drop(bar);
-    notes(&report.warnings, common);
+    notes(&report.change.warnings, common);
     match common.json {
         true => render::json(&versioned(serde_json::to_value(&report))?)?,
         false => render::out(&summary(&report))?,
@@ -79,29 +80,39 @@ fn make(edit: Edit, how: How, common: &Common) -> Result<Outcome, Failure> {
 }
 
 fn summary(report: &EditReport) -> String {
-    let made = match (report.generation, report.staged) {
+    let change = &report.change;
+    let done = if report.action == "add" { "is new" } else { "is gone" };
+    format!(
+        "{}  {}: `{}` {done}; experts {}\n",
+        change.folder.display(),
+        made(change),
+        change.name,
+        report.experts.join(", "),
+    ) + &outcome(change)
+}
+
+/// What came of a change.
+pub(super) fn made(change: &ChangeReport) -> String {
+    match (change.generation, change.staged) {
         (Some(generation), _) => format!("generation {generation}"),
         (None, Some(staged)) => format!("waits to become generation {staged}"),
         (None, None) => "nothing was written".to_owned(),
-    };
-    let done = if report.action == "add" { "is new" } else { "is gone" };
-    let mut text = format!(
-        "{}  {made}: `{}` {done}; experts {}\n",
-        report.folder.display(),
-        report.name,
-        report.experts.join(", "),
-    );
-    if report.bytes_written > 0 {
+    }
+}
+
+/// What was written, what stands in the way, what it does to text.
+pub(super) fn outcome(change: &ChangeReport) -> String {
+    let mut text = String::new();
+    if change.bytes_written > 0 {
         text += &format!(
             "  {} written, checks {:.2} s, write {:.2} s\n",
-            bytes(report.bytes_written),
-            report.seconds.prepare,
-            report.seconds.write,
+            bytes(change.bytes_written),
+            change.seconds.prepare,
+            change.seconds.write,
         );
     }
-    text += &refusals(&report.refused);
-    text += &report.effect.as_ref().map(effect_table).unwrap_or_default();
-    text
+    text += &refusals(&change.refused);
+    text + &change.effect.as_ref().map(effect_table).unwrap_or_default()
 }
 
 /// Writes an expert as a dense model.

@@ -2,8 +2,9 @@
 
 use moe_merge_adapt::{Convert, Swap, SwapReport, SwapRequest};
 
-use super::approve::{effect_table, forecast, recalibration, refusals};
+use super::approve::{forecast, recalibration};
 use super::build::{notes, versioned};
+use super::edit::{made, outcome};
 use crate::args::{Common, SwapArgs};
 use crate::exit::{self, Outcome};
 use crate::progress::{Progress, Unit};
@@ -33,7 +34,7 @@ pub fn run(args: &SwapArgs, common: &Common) -> Result<Outcome, Failure> {
             }
         }
     };
-    notes(&report.warnings, common);
+    notes(&report.change.warnings, common);
     match common.json {
         true => render::json(&versioned(serde_json::to_value(&report))?)?,
         false => render::out(&summary(&report))?,
@@ -42,16 +43,13 @@ pub fn run(args: &SwapArgs, common: &Common) -> Result<Outcome, Failure> {
 }
 
 fn summary(report: &SwapReport) -> String {
-    let made = match (report.generation, report.staged) {
-        (Some(generation), _) => format!("generation {generation}"),
-        (None, Some(staged)) => format!("waits to become generation {staged}"),
-        (None, None) => "nothing was written".to_owned(),
-    };
+    let change = &report.change;
     let mut text = format!(
-        "{}  {made}: expert {} `{}` from `{}`, {} layers, {}\n",
-        report.folder.display(),
-        report.expert,
-        report.name,
+        "{}  {}: expert {} `{}` from `{}`, {} layers, {}\n",
+        change.folder.display(),
+        made(change),
+        change.expert,
+        change.name,
         report.with,
         report.layers.len(),
         bytes(report.expert_bytes),
@@ -64,17 +62,7 @@ fn summary(report: &SwapReport) -> String {
     if let Some([from, to]) = &report.converted {
         text += &format!("  rounded from {from} to {to}\n");
     }
-    if report.bytes_written > 0 {
-        text += &format!(
-            "  {} written, checks {:.2} s, write {:.2} s\n",
-            bytes(report.bytes_written),
-            report.seconds.prepare,
-            report.seconds.write,
-        );
-    }
-    text += &refusals(&report.refused);
-    text += &report.effect.as_ref().map(effect_table).unwrap_or_default();
-    text
+    text + &outcome(change)
 }
 
 /// A relative difference.

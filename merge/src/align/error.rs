@@ -1,7 +1,5 @@
 //! Why experts of a MoE cannot be fitted.
 
-use std::path::PathBuf;
-
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 use moe_merge_model::ModelError;
 
@@ -13,20 +11,6 @@ pub enum AlignError {
     /// What merging can meet, too: files, models, text.
     #[error(transparent)]
     Merge(#[from] MergeError),
-    /// A model without experts.
-    #[error("the model has no experts")]
-    Dense {
-        /// The model.
-        path: PathBuf,
-        /// Its `model_type`.
-        family: String,
-    },
-    /// Something that is no folder of its own.
-    #[error("only experts of a model folder can be fitted")]
-    NotAFolder {
-        /// As a person wrote it.
-        found: String,
-    },
     /// A family that has all experts of a layer in one tensor.
     #[error("experts of a `{family}` lie in one tensor and cannot be replaced one by one")]
     Stacked {
@@ -94,18 +78,6 @@ impl Explain for AlignError {
     fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Merge(e) => e.fields(),
-            Self::Dense { path, family } => vec![
-                ("path", path.display().to_string()),
-                ("expected", "a mixture of experts".into()),
-                ("found", format!("a `{family}` with one MLP in every layer")),
-            ],
-            Self::NotAFolder { found } => vec![
-                (
-                    "expected",
-                    "a folder with `config.json` and safetensors, without `+ADAPTER`".into(),
-                ),
-                ("found", format!("`{found}`")),
-            ],
             Self::Expert { known, .. } => vec![(
                 "expected",
                 format!("one of `{}`, or a number below {}", known.join("`, `"), known.len()),
@@ -129,7 +101,6 @@ impl Explain for AlignError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Merge(e) => e.hint(),
-            Self::Dense { .. } => Some("`moe-merge RECIPE` builds a MoE of several models".into()),
             Self::Stacked { .. } => {
                 Some("`align: refit` in the recipe fits them while the model is built".into())
             }
@@ -138,7 +109,7 @@ impl Explain for AlignError {
             Self::Untaught { .. } => {
                 Some("routers would forget the text of those that are left out: name them with `--teacher`".into())
             }
-            Self::NotAFolder { .. } | Self::Expert { .. } | Self::Option { .. } => None,
+            Self::Expert { .. } | Self::Option { .. } => None,
         }
     }
 }

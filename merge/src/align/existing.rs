@@ -11,9 +11,9 @@ use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{Dtype, Source, SourceRef, WeightRef};
-use moe_merge_model::Spec;
 use moe_merge_model::spec::{ExpertNames, Mlp, MoeMlp};
 use moe_merge_model::transplant::Student;
+use moe_merge_model::{ModelError, Spec};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -131,12 +131,12 @@ impl Alignment {
         let generation = Manifest::load(Path::new(path))?.map_or(0, |m| m.generation);
         let source = Source::open(&reference, Path::new("."))?;
         if reference.lora.is_some() || !source.path.is_dir() {
-            return Err(AlignError::NotAFolder { found: path.to_owned() });
+            return Err(MergeError::NotAFolder { found: path.to_owned() }.into());
         }
         let spec = Spec::of(&source)?;
         let Some((_, first)) = spec.moe_layers().next() else {
-            let family = source.config.model_type().to_owned();
-            return Err(AlignError::Dense { path: source.path.clone(), family });
+            let (path, family) = (source.path.clone(), spec.family);
+            return Err(ModelError::NoExperts { path, family }.into());
         };
         if first.names == ExpertNames::Granite {
             return Err(AlignError::Stacked { family: spec.family });

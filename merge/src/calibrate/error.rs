@@ -1,7 +1,5 @@
 //! Why a MoE cannot get new routers.
 
-use std::path::PathBuf;
-
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind};
 use moe_merge_model::{ModelError, TextError};
 use moe_merge_router::UnknownEstimator;
@@ -14,20 +12,6 @@ pub enum CalibrateError {
     /// What merging can meet, too: files, prompts, models.
     #[error(transparent)]
     Merge(#[from] MergeError),
-    /// A model without routers.
-    #[error("the model has no routers")]
-    Dense {
-        /// The model.
-        path: PathBuf,
-        /// Its `model_type`.
-        family: String,
-    },
-    /// Something that is no folder of its own.
-    #[error("only a model folder gets new routers")]
-    NotAFolder {
-        /// As a person wrote it.
-        found: String,
-    },
     /// No estimator has this name.
     #[error("unknown estimator `{}`", .0.name)]
     Estimator(UnknownEstimator),
@@ -74,18 +58,6 @@ impl Explain for CalibrateError {
     fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Merge(e) => e.fields(),
-            Self::Dense { path, family } => vec![
-                ("path", path.display().to_string()),
-                ("expected", "a mixture of experts".into()),
-                ("found", format!("a `{family}` with one MLP in every layer")),
-            ],
-            Self::NotAFolder { found } => vec![
-                (
-                    "expected",
-                    "a folder with `config.json` and safetensors, without `+ADAPTER`".into(),
-                ),
-                ("found", format!("`{found}`")),
-            ],
             Self::Estimator(_) | Self::SelfText { .. } => Vec::new(),
             Self::NoText { estimator } => {
                 vec![("expected", format!("text for each expert: `{estimator}` learns from it"))]
@@ -96,8 +68,6 @@ impl Explain for CalibrateError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Merge(e) => e.hint(),
-            Self::Dense { .. } => Some("`moe-merge RECIPE` builds a MoE of several models".into()),
-            Self::NotAFolder { .. } => None,
             Self::Estimator(e) => Some(e.hint()),
             Self::NoText { .. } => Some(
                 "name a file with `--prompts FILE`, or let the experts write with `--self-text N`"

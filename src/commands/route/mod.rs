@@ -106,7 +106,7 @@ fn describe(source: &Source, args: &RouteArgs, common: &Common) -> Result<Routes
     }
     if experts == 0 {
         let path = source.path.clone();
-        return Err(ModelError::NoRouters { path, family: spec.family }.into());
+        return Err(ModelError::NoExperts { path, family: spec.family }.into());
     }
     let names = Manifest::load(&source.path)?.map(|m| m.experts).unwrap_or_default();
     let named = names.len() == experts;
