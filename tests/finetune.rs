@@ -341,3 +341,38 @@ fn peft_loads_the_adapter_and_gives_our_logits() {
     }
     check(&dense, &[], &at("dense-adapter"));
 }
+
+/// The loss is the divergence from the teacher: nothing for a model that is its own, falling for another one, for a dense
+/// student and for an expert, and the journal names it.
+#[test]
+fn a_teacher_says_what_is_learnt() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
+    let models = repository("recipes/quickstart");
+    let at = |name: &str| models.join(name).display().to_string();
+    let data = at("eval_code.txt");
+    let train = |model: &Path, extra: &[&str]| {
+        finetune(model, &[&["--data", &data, "--hold-out", "0.2"], extra, &SHORT[..]].concat())
+    };
+    let out = |name: &str| temp.path().join(name).display().to_string();
+    let base = models.join("base");
+    let own = report(&train(&base, &["--teacher", &at("base"), "--out", &out("own")]));
+    assert!(own["validation"][0].as_f64().unwrap().abs() < 1e-6, "{own}");
+    let told = report(&train(&base, &["--teacher", &at("code"), "--out", &out("code")]));
+    let losses = |told: &Value| [0, 1].map(|i| told["validation"][i].as_f64().unwrap());
+    let [before, after] = losses(&told);
+    assert!(after < 0.95 * before && after > 0.0, "{told}");
+
+    let expert = ["--expert", "prose", "--route", "forced", "--apply", "--teacher", &at("code")];
+    for extra in [&[][..], &["--full"]] {
+        let told = report(&train(&folder, &[&expert[..], extra].concat()));
+        let [before, after] = losses(&told);
+        assert!(after < before, "{told}");
+    }
+    let journal = cli::run(&["history", "--json", &folder.display().to_string()]).stdout;
+    assert!(journal.contains("quickstart/code"), "{journal}");
+
+    let stranger = repository("model/tests/data/mixtral_fused").display().to_string();
+    train(&base, &["--teacher", &stranger, "--out", &out("other")])
+        .fails(2, &["--teacher", "the student's vocabulary of", "mixtral_fused"]);
+}

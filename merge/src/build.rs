@@ -32,6 +32,7 @@ mod aligned;
 mod dense;
 mod parts;
 
+pub(crate) use aligned::Jointly;
 pub use dense::{DenseReport, PreparedDense};
 
 /// What a person asks for beside the recipe.
@@ -156,6 +157,8 @@ pub struct Prepared {
     originals: Vec<Source>,
     /// Sources of experts with fitted MLPs.
     fitted: Vec<Option<Source>>,
+    /// What is to be done with experts once there are routers.
+    jointly: Option<Jointly>,
     notes: Vec<String>,
     target: PathBuf,
     provenance: Provenance,
@@ -287,9 +290,10 @@ impl Prepared {
             self_text,
             sequential: recipe.sequential != Some(Choice::No),
             alternative,
-            align: recipe.align,
+            align: recipe.align.clone(),
             originals,
             fitted: Vec::new(),
+            jointly: None,
             experts: prompts.experts,
             shared: prompts.shared,
             bos: prompts.bos,
@@ -378,7 +382,8 @@ impl Prepared {
         seconds.align = clock.elapsed().as_secs_f64();
 
         let clock = Instant::now();
-        let (routers, self_text_tokens) = self.routers(observer)?;
+        let (mut routers, self_text_tokens) = self.routers(observer)?;
+        self.join(&mut routers, align.as_mut(), observer)?;
         staging.need(self.plan.disk_bytes)?;
         self.provenance.report = forecast_lines(&routers, &self.names());
         self.provenance.report.extend(align.iter().flat_map(aligned::lines));

@@ -105,6 +105,10 @@ pub struct FinetuneArgs {
     /// is plain text
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     pub data: Vec<PathBuf>,
+    /// Learn what this model predicts on the data, not the data themselves: a folder, GGUF file or Hub name, also
+    /// `+ADAPTER`, with the model's vocabulary
+    #[arg(long, value_name = "SOURCE")]
+    pub teacher: Option<String>,
     /// Folder to write: a PEFT adapter
     #[arg(long, value_name = "DIR", required_unless_present = "apply")]
     pub out: Option<PathBuf>,

@@ -64,6 +64,7 @@ fn options(args: &FinetuneArgs) -> FinetuneOptions {
             args::Route::Forced => Route::Forced,
             args::Route::Always => Route::Always,
         },
+        teacher: args.teacher.clone(),
         window: args.window,
         exec: args.accuracy.exec(),
         keep: args.keep.unwrap_or(if args.train_router { 1.0 } else { 0.0 }),

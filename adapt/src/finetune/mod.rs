@@ -43,6 +43,7 @@ mod output;
 mod parquet;
 mod record;
 mod state;
+mod teacher;
 mod train;
 mod trained;
 
@@ -190,6 +191,7 @@ impl Finetune {
         let (documents, held_out) = self.split(&corpus, &encoder)?;
         let (route, exec) = (self.options.route, self.options.exec);
         let trainee = Trainee::open_with(&self.source, self.number(), route, exec)?;
+        let teacher = self.teacher()?;
         let begun = self.begun(&corpus)?;
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
             train::fresh(file)?;
@@ -207,7 +209,7 @@ impl Finetune {
         let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
         let mut run = Run {
             trainee: &trainee,
-            goal: Goal::NextToken,
+            goal: teacher.as_ref().map_or(Goal::NextToken, Goal::Teacher),
             kept,
             penalty,
             corpus: &corpus,
@@ -255,6 +257,13 @@ impl Finetune {
         self.options.state.clone().or_else(beside)
     }
 
+    /// The model whose predictions are learnt, if one is named.
+    fn teacher(&self) -> Result<Option<Trainee>, FinetuneError> {
+        let o = &self.options;
+        let open = |path| teacher::open(path, (&self.source, &self.spec), self.window, o.exec);
+        o.teacher.as_deref().map(open).transpose()
+    }
+
     /// Documents to train on, and batches of text that is not.
     fn split(
         &self,
@@ -286,6 +295,7 @@ impl Finetune {
             "parts": self.options.parts,
             "layers": [self.plan.layers.start, self.plan.layers.end],
             "route": self.options.route,
+            "teacher": self.options.teacher,
             "keep": self.options.keep,
             "keep_data": self.options.keep_data,
             "keep_text": self.options.keep_text,

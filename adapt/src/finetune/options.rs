@@ -89,6 +89,8 @@ pub struct FinetuneOptions {
     pub layers: Option<Range<usize>>,
     /// Which tokens visit the expert in training.
     pub route: Route,
+    /// The model whose predictions are learnt on the data; without one, the tokens of the data themselves.
+    pub teacher: Option<String>,
     /// Tokens of a sequence at most; 512 or the context, if that is shorter.
     pub window: Option<usize>,
     /// How activations and gradients enter products with 16-bit weights in training.
@@ -130,6 +132,7 @@ impl Default for FinetuneOptions {
             parts: Part::ALL.into(),
             layers: None,
             route: Route::Natural,
+            teacher: None,
             window: None,
             exec: Exec::fast(),
             keep: 0.0,

@@ -118,6 +118,7 @@ impl Finetune {
             "update": self.options.update,
             "parts": self.options.parts,
             "route": self.options.route,
+            "teacher": self.options.teacher,
             "keep": self.options.keep,
             "router_penalty": self.options.router_penalty,
             "training": self.options.training,
