@@ -167,6 +167,86 @@ fn a_permuted_copy_merges_to_the_original() {
     }
 }
 
+/// The same model with the neurons of every MLP in another order, another one in each.
+fn neurons_permuted(tensors: &Tensors) -> Tensors {
+    let part = |name: &str, parts: &[&str]| parts.iter().any(|p| name.ends_with(p));
+    let mut out = tensors.clone();
+    for (name, (shape, values)) in &mut out {
+        let old = values.clone();
+        let rows = part(name, &[".w1.weight", ".w3.weight", "gate_proj.weight", "up_proj.weight"]);
+        let columns = part(name, &[".w2.weight", "down_proj.weight"]);
+        if !(rows || columns) {
+            continue;
+        }
+        // One order for the three matrices of an MLP: they share everything before their own name.
+        let mlp = name.trim_end_matches(".weight").rsplit_once('.').unwrap().0;
+        let shift: usize = mlp.bytes().map(usize::from).sum();
+        let count = if rows { shape[0] } else { shape[1] };
+        let from = |i: usize| (count - 1 - i + shift) % count;
+        let width = shape[1];
+        for (i, v) in values.iter_mut().enumerate() {
+            let (r, c) = (i / width, i % width);
+            *v = if rows { old[from(r) * width + c] } else { old[r * width + from(c)] };
+        }
+    }
+    out
+}
+
+/// A tokenizer of the letters from a to z.
+fn letters(folder: &Path) {
+    let vocab: serde_json::Map<String, Value> =
+        (b'a'..=b'z').map(|b| (char::from(b).to_string(), json!(b - b'a'))).collect();
+    let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": model});
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
+
+#[test]
+fn permuted_experts_of_permuted_neurons_merge_to_the_original() {
+    let temp = tempfile::tempdir().unwrap();
+    for (family, config) in families() {
+        let at = |name: &str| temp.path().join(format!("{family}-{name}"));
+        let original = values(&made_up(&at("a"), &config));
+        let copy = neurons_permuted(&permuted(&original, experts_of(&config)));
+        write(&at("b"), &at("a"), &copy);
+        ["a", "b"].iter().for_each(|name| letters(&at(name)));
+        let recipe = |keys: &str| {
+            format!(
+                "merge_method: linear\nparameters: {{weight: 0.5}}\n{keys}models:\n\
+                 - {{model: {family}-a, prompts: [thequickbrownfoxjumpsoverthelazydog, sphinxofblackquartz]}}\n\
+                 - {{model: {family}-b}}\n"
+            )
+        };
+        let keys = "match_experts: activations\nmatch_neurons: weights\n";
+        let (out, report) = merge(temp.path(), &recipe(keys));
+        assert_near(&values(&open(&out)), &original, 0.0, family);
+        let matched = &report["matched_experts"][0];
+        assert_eq!(matched["by"], "activations");
+        let layers = matched["layers"].as_array().unwrap();
+        let similarity = layers.iter().flat_map(|l| l["similarity"].as_array().unwrap());
+        assert!(similarity.into_iter().all(|s| s.as_f64().unwrap() > 0.999));
+        // Experts alone are not enough.
+        let (out, _) = merge(temp.path(), &recipe("match_experts: activations\n"));
+        assert!(values(&open(&out)) != original);
+    }
+}
+
+#[test]
+fn permuted_neurons_of_a_dense_model_merge_to_the_original() {
+    let temp = tempfile::tempdir().unwrap();
+    let original = values(&made_up(&temp.path().join("a"), &json!({})));
+    write(&temp.path().join("b"), &temp.path().join("a"), &neurons_permuted(&original));
+    let recipe = |keys: &str| {
+        format!(
+            "merge_method: linear\nparameters: {{weight: 0.5}}\n{keys}models: [{{model: a}}, {{model: b}}]\n"
+        )
+    };
+    let (out, _) = merge(temp.path(), &recipe("match_neurons: weights\n"));
+    assert_near(&values(&open(&out)), &original, 0.0, "dense");
+    let (out, _) = merge(temp.path(), &recipe(""));
+    assert!(values(&open(&out)) != original);
+}
+
 #[test]
 fn a_permuted_fine_tune_merges_as_if_it_were_not() {
     let temp = tempfile::tempdir().unwrap();
@@ -323,6 +403,7 @@ fn what_cannot_be_matched_is_told() {
         .fails(2, &["no experts to match", "recipe.yaml:4"]);
     call("{model: a}, {model: four}", "weights")
         .fails(2, &["different numbers of experts", "shrink"]);
+    call("{model: a}, {model: four}", "activations").fails(2, &["different numbers of experts"]);
     call("{model: a}, {model: a}", "weight")
         .fails(2, &["unknown `match_experts`", "did you mean `weights`?"]);
     assert!(!temp.path().join("out").exists());

@@ -207,6 +207,22 @@ fn use_decides_what_is_kept() {
     assert_eq!(run(&["verify", &text(&used)]).code, 0);
     let generated = run(&["generate", &text(&used), "--prompt", "fn", "--max-new-tokens", "4"]);
     assert_eq!(generated.code, 0, "{}", generated.stderr);
+    // Routers fitted anew are a generation of their own; nothing else changes.
+    let fitted = temp.path().join("fitted");
+    let calibrated = call(
+        &["shrink", &path, "--experts", "2", "--text", &text(&file), "--calibrate=60"],
+        &fitted,
+    );
+    assert_eq!(calibrated["layers"], by_use["layers"]);
+    assert_eq!(
+        (&calibrated["calibrated"]["generation"], &calibrated["calibrated"]["parent"]),
+        (&json!(1), &json!(0))
+    );
+    let (before, after) = (open(&used), open(&fitted));
+    for name in before.tensors.keys() {
+        let router = name.ends_with("gate.weight");
+        assert_eq!(of(&before, name) == of(&after, name), !router, "{name}");
+    }
 }
 
 #[test]
@@ -230,6 +246,8 @@ fn mistakes_are_told_and_leave_nothing() {
     let place = text(&out);
     let call = |args: &[&str]| run(&[args, &["--out", place.as_str()]].concat());
     call(&["shrink", &moe, "--experts", "6"]).fails(2, &["cannot be shrunk", "1 to 5"]);
+    call(&["shrink", &moe, "--experts", "1", "--calibrate"]).fails(2, &["nothing to choose"]);
+    call(&["shrink", &moe, "--experts", "2", "--calibrate=0"]).fails(2, &["--calibrate"]);
     call(&["shrink", &moe, "--experts", "0"]).fails(2, &["cannot be shrunk"]);
     call(&["shrink", &dense, "--experts", "2"]).fails(2, &["has no experts"]);
     call(&["shrink", &grouped, "--experts", "2"]).fails(2, &["groups", "n_group"]);

@@ -6,7 +6,8 @@
 
 For each method and a few factors on the merged task vector it prints, per domain, the share of the fine-tune's gain over the
 base (nats per token on held-out text) that the merge keeps, their mean, and the worst. The factor is chosen on the first half
-of each evaluation text and the row is measured on the second.
+of each evaluation text and the row is measured on the second. Methods that look at activations do so on text that the models
+write themselves. Names of methods after the folder limit the table to these.
 """
 
 import json
@@ -34,6 +35,9 @@ METHODS = [
     ("ramplus_tl", True, {}, {}),
     ("iso_c", True, {}, {}),
     ("tsv", True, {}, {}),
+    ("regmean", False, {}, {"alpha": 0.9}),
+    ("regmean", False, {}, {"alpha": 1.0}),
+    ("regmean_stream", False, {}, {}),
 ]
 FACTORS = [0.25, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2]
 WITH_LAMBDA = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "iso_c", "tsv"}
@@ -73,7 +77,7 @@ def main():
         own = [nats(tool, models / d, [halves[0][i], halves[1][i]]) for i, d in enumerate(DOMAINS)]
         own = [o[0] for o in own] + [o[1] for o in own]
         print(f"{'method':34}" + "".join(f"{d:>8}" for d in DOMAINS) + f"{'mean':>8}{'worst':>8}")
-        for method, needs_base, each, merge in METHODS:
+        for method, needs_base, each, merge in [m for m in METHODS if m[0] in sys.argv[3:] or not sys.argv[3:]]:
             best = None
             for factor in FACTORS if method in WITH_LAMBDA else [1.0]:
                 settings = {**merge, "lambda": factor} if method in WITH_LAMBDA else merge
@@ -87,7 +91,7 @@ def main():
                 if best is None or sum(chosen_on) > best[0]:
                     best = (sum(chosen_on), factor, measured_on)
             _, factor, kept = best
-            name = method + "".join(f" {k}={v}" for k, v in each.items() if k != "weight")
+            name = method + "".join(f" {k}={v}" for k, v in {**each, **merge}.items() if k != "weight")
             name += f" lambda={factor}" if method in WITH_LAMBDA else ""
             print(f"{name:34}" + "".join(f"{100 * k:7.1f}%" for k in kept) + f"{25 * sum(kept):7.1f}%{100 * min(kept):7.1f}%", flush=True)
 

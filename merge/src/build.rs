@@ -53,10 +53,12 @@ pub struct BuildOptions {
 /// A part of a build that takes time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// Experts writing text, counted in tokens.
+    /// Models writing text, counted in tokens.
     SelfText,
     /// Fitting an expert to the attention it gets, counted in layers.
     Align,
+    /// Fitting the weights of a dense merge to what its models do, counted in groups of weights.
+    Fit,
     /// Distilling an expert from its dense model, counted in steps.
     Distil,
     /// Computing gates, counted in layers.

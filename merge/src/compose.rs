@@ -29,6 +29,58 @@ impl Adjusted {
     }
 }
 
+/// A matrix with its columns in another order.
+#[derive(Debug, Clone)]
+pub(crate) struct PermutedColumns {
+    inner: WeightRef,
+    /// `order[i]` is the column of `inner` that becomes column `i`.
+    order: Arc<Vec<u32>>,
+}
+
+impl PermutedColumns {
+    /// Column `i` becomes column `order[i]` of `inner`; each stands once in `order`.
+    pub fn new(inner: WeightRef, order: Arc<Vec<u32>>) -> Self {
+        debug_assert_eq!(order.len(), inner.cols(), "one entry for each column");
+        Self { inner, order }
+    }
+}
+
+impl Weight for PermutedColumns {
+    fn shape(&self) -> &[usize] {
+        self.inner.shape()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.inner.dtype()
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let cols = self.inner.cols().max(1);
+        let mut row = vec![0.0; cols];
+        for (at, out) in rows.zip(out.chunks_exact_mut(cols)) {
+            self.inner.read_rows(at..at + 1, &mut row)?;
+            out.iter_mut().zip(self.order.iter()).for_each(|(o, from)| *o = row[*from as usize]);
+        }
+        Ok(())
+    }
+
+    fn origin(&self) -> (PathBuf, String) {
+        self.inner.origin()
+    }
+
+    fn prepare(&self) -> Result<(), CheckpointError> {
+        self.inner.prepare()
+    }
+
+    fn release(&self) {
+        self.inner.release();
+    }
+}
+
 /// Normal numbers, one for each place in a tensor.
 ///
 /// They come from a ChaCha stream keyed by the BLAKE3 hash of seed and name, two 32-bit words per pair of numbers

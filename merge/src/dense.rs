@@ -3,32 +3,38 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{ConfigJson, SideContent, SideFile, Source, WeightRef, layout};
 use serde_json::Value;
 
 use crate::error::MergeError;
 use crate::experts::{ExpertMatch, MoeInputs};
 use crate::recipe::{
-    DenseRecipe, Parts, Place, RecipeErrors, RowSpec, SourceSpec, TokenizerSpec, VocabularySource,
+    DenseRecipe, Input, Parts, Place, RecipeErrors, RowSpec, SourceSpec, TokenizerSpec,
+    VocabularySource,
 };
 use crate::sources::Trail;
 use crate::vocabulary::{Members, Vocabulary, with_template};
 
+mod fit;
 mod models;
 mod names;
 mod raw;
 mod slices;
 mod tensors;
+mod texts;
 
+pub(crate) use fit::{Fitting, Watched};
 pub use raw::{Missing, raw, write_tensors};
 
 use models::Models;
 use names::{HEAD, after_layers};
 use slices::{Planned, plan};
 use tensors::Merge;
+pub use texts::TextReport;
 
-/// The result of a dense merge as a [`Source`]: nothing is computed before it is read. Relative paths start from
-/// `base_dir`.
+/// The result of a dense merge as a [`Source`]: nothing is computed before it is read, unless the method looks at activations.
+/// Relative paths start from `base_dir`.
 ///
 /// Config, tokenizer and side files come from `base_model`, else from the first model. Rules: mergekit's, with the
 /// differences that the recipe reference names (a model may stand twice in a slice; the base is recognised by its path,
@@ -41,14 +47,20 @@ pub fn dense(recipe: &DenseRecipe, base_dir: &Path) -> Result<Source, MergeError
     dense_in(&Trail::starting_at(&recipe.place.file), recipe, base_dir)
 }
 
-/// As [`dense`], with how the experts of MoE models were matched.
+/// A dense merge before its weights are fitted, if its method fits any.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub source: Source,
+    /// How the experts of MoE models were matched.
+    pub matched: Vec<ExpertMatch>,
+    pub fitting: Option<Fitting>,
+}
+
+/// As [`dense`], with what is still to be computed.
 ///
 /// # Errors
 /// As [`dense`].
-pub(crate) fn dense_matched(
-    recipe: &DenseRecipe,
-    base_dir: &Path,
-) -> Result<(Source, Vec<ExpertMatch>), MergeError> {
+pub(crate) fn open_dense(recipe: &DenseRecipe, base_dir: &Path) -> Result<Opened, MergeError> {
     merge_in(&Trail::starting_at(&recipe.place.file), recipe, base_dir)
 }
 
@@ -58,17 +70,18 @@ pub(crate) fn dense_in(
     recipe: &DenseRecipe,
     base_dir: &Path,
 ) -> Result<Source, MergeError> {
-    Ok(merge_in(trail, recipe, base_dir)?.0)
+    let Opened { mut source, fitting, .. } = merge_in(trail, recipe, base_dir)?;
+    if let Some(fitting) = fitting {
+        let watched = Watched { observer: &fit::Unwatched, interrupt: &Interrupt::default() };
+        fitting.run(&mut source, &std::env::temp_dir().join(recipe.method.name), watched)?;
+    }
+    Ok(source)
 }
 
-fn merge_in(
-    trail: &Trail,
-    recipe: &DenseRecipe,
-    base_dir: &Path,
-) -> Result<(Source, Vec<ExpertMatch>), MergeError> {
+fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Opened, MergeError> {
     let fuse = recipe.method.whole_tensor;
-    let experts = MoeInputs::new(recipe.match_experts, fuse);
-    let mut models = Models { trail, base_dir, opened: Vec::new(), experts, files: false };
+    let experts = MoeInputs::new(recipe.match_experts, recipe.match_neurons, fuse);
+    let mut models = Models { trail, base_dir, recipe, opened: Vec::new(), experts, files: false };
     let donor = match (&recipe.base_model, first_source(recipe)) {
         (Some(base), _) => models.open(base)?,
         (None, Some(first)) => models.open(first)?,
@@ -82,7 +95,8 @@ fn merge_in(
     models.check_families(donor)?;
     let matches = std::mem::take(&mut models.experts.matches);
     let (models, vocabulary) = (&models, vocabulary.as_ref());
-    let mut merge = Merge { recipe, models, vocabulary, tensors: BTreeMap::new() };
+    let mut merge =
+        Merge { recipe, models, vocabulary, tensors: BTreeMap::new(), fitted: BTreeMap::new() };
     let mut offset = 0;
     for (i, slice) in slices.iter().enumerate() {
         if i == 0 {
@@ -96,7 +110,8 @@ fn merge_in(
             merge.loose(slice, after_layers)?;
         }
     }
-    let mut tensors = merge.tensors;
+    let (mut tensors, fitted) = (merge.tensors, merge.fitted);
+    let fitting = Fitting::new(recipe, members(recipe, models, &slices[0]), fitted)?;
     let donor = &models.opened[donor].source;
     if fuse {
         tensors = layout::canonical(tensors, &donor.config)?;
@@ -121,7 +136,20 @@ fn merge_in(
         side: side_files(recipe, models, donor, vocabulary)?,
         notes: models.opened.iter().flat_map(|m| m.source.notes.clone()).chain(matched).collect(),
     };
-    Ok((source, matches))
+    Ok(Opened { source, matched: matches, fitting })
+}
+
+/// The models of a recipe that are merged, its base left out, in order.
+fn members<'r>(
+    recipe: &'r DenseRecipe,
+    models: &Models,
+    slice: &Planned,
+) -> Vec<(Source, &'r Input)> {
+    let Parts::Models(inputs) = &recipe.parts else { return Vec::new() };
+    let all = inputs.iter().zip(&slice.inputs).enumerate();
+    all.filter(|(i, _)| Some(*i) != slice.base)
+        .map(|(_, (input, planned))| (models.opened[planned.model].source.clone(), input))
+        .collect()
 }
 
 /// The vocabulary that `spec` asks for; opens the models that lend rows to it.

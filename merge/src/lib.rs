@@ -49,7 +49,7 @@ pub mod upcycle;
 mod vocabulary;
 pub mod write;
 
-pub use dense::{Missing, dense, raw, write_tensors};
+pub use dense::{Missing, TextReport, dense, raw, write_tensors};
 pub use error::MergeError;
 pub use experts::{ExpertMatch, LayerMatch};
 pub use plan::{Assembly, ExpertInput, Gates, Plan};

@@ -126,7 +126,7 @@ impl Prompts {
 }
 
 /// Prompts of the recipe's own text, each whole.
-fn inline(
+pub(crate) fn inline(
     encoder: &Encoder<'_>,
     texts: &[String],
     place: &Place,

@@ -1,6 +1,7 @@
 //! One layer: weights and the way through it.
 
 mod adapted;
+mod sites;
 mod surgery;
 
 use std::ops::Range;
@@ -26,6 +27,7 @@ use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, Sh
 use crate::weights::Weights;
 
 pub(crate) use adapted::Adapted;
+pub(crate) use sites::names as site_names;
 
 /// A layer whose weights are views.
 #[derive(Debug, Clone)]
@@ -355,9 +357,21 @@ impl Layer {
         table: &RopeTable,
         past: Past<'_>,
     ) -> Result<Tensor, ModelError> {
+        let (Projections::Plain { o, .. } | Projections::Latent { o, .. }) = &self.attention;
+        Ok(o.forward(&self.mixed(spec, x, table, past)?)?)
+    }
+
+    /// The values of all heads, mixed by attention: the input of the output projection.
+    fn mixed(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        table: &RopeTable,
+        past: Past<'_>,
+    ) -> Result<Tensor, ModelError> {
         let a = &spec.attention;
-        let (q, k, v, o) = match &self.attention {
-            Projections::Plain { q, k, v, o, norms } => {
+        let (q, k, v) = match &self.attention {
+            Projections::Plain { q, k, v, norms, .. } => {
                 let (mut q, mut k, mut v) = (q.forward(x)?, k.forward(x)?, v.forward(x)?);
                 if let Some([q_norm, k_norm]) = norms {
                     (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
@@ -368,12 +382,9 @@ impl Layer {
                 }
                 let rope =
                     |heads| Rope { table: table.clone(), heads, head_dim: a.qk_dim(), from: 0 };
-                (apply1(&q, rope(a.heads))?, apply1(&k, rope(a.kv_heads))?, v, o)
+                (apply1(&q, rope(a.heads))?, apply1(&k, rope(a.kv_heads))?, v)
             }
-            Projections::Latent { o, .. } => {
-                let (q, k, v) = self.latent(spec, x, table)?;
-                (q, k, v, o)
-            }
+            Projections::Latent { .. } => self.latent(spec, x, table)?,
         };
         let kernel = AttentionSpec {
             heads: a.heads,
@@ -384,7 +395,7 @@ impl Layer {
             softcap: a.softcap,
             window: self.spec.window,
         };
-        let mixed = match past {
+        Ok(match past {
             Past::None(sequences) => {
                 SelfAttention { spec: kernel, exec: self.exec, sequences: sequences.into() }
                     .forward(&q, &k, &v)?
@@ -401,8 +412,7 @@ impl Layer {
                 let (spec, exec) = (kernel, self.exec);
                 q.apply_op1_no_bwd(&CachedAttention { spec, exec, cache: &*cache, count })?
             }
-        };
-        Ok(o.forward(&mixed)?)
+        })
     }
 
     /// Queries, keys and values through latents, expanded for every head.

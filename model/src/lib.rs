@@ -36,6 +36,7 @@ mod probe;
 pub mod router_training;
 pub mod sample;
 pub mod sampler;
+pub mod side_by_side;
 pub mod spec;
 mod steady;
 pub mod streamed;

@@ -99,6 +99,11 @@ impl Weights {
         }))
     }
 
+    /// Puts `weight` in the place of the tensor `name`.
+    pub fn replace(&mut self, name: String, weight: WeightRef) {
+        self.tensors.insert(name, weight);
+    }
+
     /// Lets the pages of all tensors below `prefix` leave memory.
     pub fn release(&self, prefix: &str) {
         for (_, weight) in

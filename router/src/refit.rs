@@ -61,6 +61,41 @@ impl Correction {
         Ok(())
     }
 
+    /// Everything seen so far counts `factor` times.
+    pub fn scale(&mut self, factor: f64) {
+        self.gram.scale(factor);
+        self.cross.iter_mut().for_each(|c| *c *= factor);
+        self.lacking *= factor;
+    }
+
+    /// Mean over the inputs of the sum of their squares.
+    pub fn mean_square(&self) -> f64 {
+        self.gram.trace() / self.gram.width.max(1) as f64
+    }
+
+    /// Pulls towards the weights `towards` `[out, inputs]`, each input's as strongly as if it had been seen alone with the sum of
+    /// squares `strength` `[inputs]`.
+    ///
+    /// # Errors
+    /// [`RouterError::Shape`] if they do not fit the layer.
+    pub fn pull(&mut self, strength: &[f64], towards: &[f32]) -> Result<(), RouterError> {
+        let width = self.gram.width;
+        let shape = |what, expected, found| match expected == found {
+            true => Ok(()),
+            false => Err(RouterError::Shape { what, expected, found }),
+        };
+        shape("strengths", width, strength.len())?;
+        shape("weights", width * self.out, towards.len())?;
+        self.gram.add_diagonal(strength);
+        let rows =
+            self.cross.chunks_exact_mut(width.max(1)).zip(towards.chunks_exact(width.max(1)));
+        for (cross, towards) in rows {
+            let pulled = cross.iter_mut().zip(strength).zip(towards);
+            pulled.for_each(|((c, s), w)| *c += s * f64::from(*w));
+        }
+        Ok(())
+    }
+
     /// Sum of squares of what was lacking.
     pub fn lacking(&self) -> f64 {
         self.lacking
@@ -71,7 +106,7 @@ impl Correction {
     /// # Errors
     /// [`RouterError::AllZero`] if there was no input to learn from.
     pub fn solve(mut self, penalty: f64) -> Result<Vec<f64>, RouterError> {
-        let mean = self.gram.trace() / self.gram.width.max(1) as f64;
+        let mean = self.mean_square();
         if mean <= 0.0 {
             return Err(RouterError::AllZero);
         }
@@ -152,6 +187,18 @@ mod tests {
             c.solve(penalty).unwrap()[0]
         };
         assert!((solve(0.0) - 1.5).abs() < 1e-12 && (solve(0.5) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_pull_by_hand() {
+        // Twice (a = 1, r = 4), and a pull towards 1 that counts as much as 6 such inputs: (2 * 4 + 6 * 1) / (2 + 6).
+        let mut c = Correction::new(1, 1);
+        c.add(&[1.0], &[4.0]).unwrap();
+        c.scale(2.0);
+        c.pull(&[6.0], &[1.0]).unwrap();
+        assert_eq!(c.mean_square(), 8.0);
+        assert!(c.pull(&[1.0, 1.0], &[1.0]).is_err());
+        assert!((c.solve(0.0).unwrap()[0] - 14.0 / 8.0).abs() < 1e-12);
     }
 
     #[test]

@@ -52,9 +52,16 @@ impl Symmetric {
 
     /// `value` added to the diagonal.
     pub fn add_to_diagonal(&mut self, value: f64) {
-        for column in &mut self.columns {
-            let size = (column[0].len() as f64).sqrt().round() as usize;
-            (0..size).for_each(|i| column[0][i * size + i] += value);
+        self.add_diagonal(&vec![value; self.width]);
+    }
+
+    /// `values` added to the diagonal, `[width]`.
+    pub fn add_diagonal(&mut self, values: &[f64]) {
+        let width = self.width;
+        for (k, column) in self.columns.iter_mut().enumerate() {
+            let rows = tile_rows(k, width);
+            let size = rows.len();
+            rows.enumerate().for_each(|(i, row)| column[0][i * size + i] += values[row]);
         }
     }
 

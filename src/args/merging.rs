@@ -136,6 +136,17 @@ pub struct ShrinkArgs {
     /// Text that shows how much each expert is used (without it all count the same)
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub text: Vec<PathBuf>,
+    /// Then fit the routers anew, as `calibrate` does, to about so many tokens of text that each of the experts that are left
+    /// writes itself: a second generation of the folder
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "5000",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub calibrate: Option<u32>,
     /// Replace the folder if it exists
     #[arg(long)]
     pub force: bool,

@@ -92,6 +92,7 @@ impl Observer for Bars {
     fn stage(&self, stage: Stage, total: u64) {
         let (unit, what) = match stage {
             Stage::SelfText => (Unit::Tokens, "experts write text"),
+            Stage::Fit => (Unit::Steps, "fitting weights"),
             Stage::Align => (Unit::Layers, "fitting an expert"),
             Stage::Distil => (Unit::Steps, "distilling an expert"),
             Stage::Gates => (Unit::Layers, "computing routers"),
@@ -339,13 +340,22 @@ pub(super) fn percent(share: Option<f64>) -> String {
 }
 
 fn dense_summary(report: &DenseReport) -> String {
-    format!(
+    let mut text = format!(
         "{}  {}, {} in {:.1} s\n",
         report.output.display(),
         report.method,
         render::bytes(report.bytes),
         report.seconds
-    )
+    );
+    for own in &report.texts {
+        let written = match own.written {
+            0 => String::new(),
+            tokens => format!(", {} of them written by itself", render::count(tokens)),
+        };
+        text +=
+            &format!("  text of {}: {} tokens{written}\n", own.model, render::count(own.tokens));
+    }
+    text
 }
 
 /// A report as a document with `version`.

@@ -116,7 +116,8 @@ fn plan(
     Ok(Outcome::Done)
 }
 
-fn summary(report: &CalibrateReport) -> String {
+/// What was done, for a person.
+pub(super) fn summary(report: &CalibrateReport) -> String {
     let own = match report.self_text_tokens {
         0 => String::new(),
         n => format!(" ({} written by the experts)", count(n)),

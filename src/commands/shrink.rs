@@ -2,10 +2,12 @@
 
 use moe_merge_checkpoint::Replace;
 use moe_merge_checkpoint::write::Watch;
+use moe_merge_merge::MergeError;
+use moe_merge_merge::calibrate::{CalibrateOptions, CalibrateReport, Calibration};
 use moe_merge_merge::shrink::{ShrinkReport, Shrinking, usage};
 use moe_merge_model::Spec;
 
-use super::build::{notes, versioned};
+use super::build::{Bars, notes, versioned};
 use super::device;
 use crate::args::{Common, ShrinkArgs};
 use crate::exit::{self, Outcome};
@@ -15,6 +17,16 @@ use crate::render::{self, Failure, bytes};
 /// Writes the smaller model and tells which experts became one.
 pub fn run(args: &ShrinkArgs, common: &Common) -> Result<Outcome, Failure> {
     let replace = if args.force { Replace::Force } else { Replace::Never };
+    if args.calibrate.is_some() && args.experts == 1 {
+        return Err(MergeError::Argument {
+            what: "routers have nothing to choose".into(),
+            name: "--calibrate".into(),
+            expected: "at least 2 experts that are left".into(),
+            found: "--experts 1".into(),
+            hint: Some("leave `--calibrate` out".into()),
+        }
+        .into());
+    }
     let source = super::open(&args.path, common)?;
     let layers = Spec::of(&source)?.moe_layers().count() as u64;
     let used = match args.text.is_empty() {
@@ -38,11 +50,44 @@ pub fn run(args: &ShrinkArgs, common: &Common) -> Result<Outcome, Failure> {
     let report = shrinking.run(&args.out, replace, watch)?;
     drop(progress);
     notes(&report.warnings, common);
-    match common.json {
-        true => render::json(&versioned(serde_json::to_value(&report))?)?,
-        false => render::out(&summary(&report))?,
+    let calibrated = match args.calibrate {
+        Some(tokens) => Some(calibrate(&report, tokens as usize, common)?),
+        None => None,
+    };
+    if common.json {
+        let mut document = versioned(serde_json::to_value(&report))?;
+        if let (Some(calibrated), Some(fields)) = (&calibrated, document.as_object_mut()) {
+            let calibrated = serde_json::to_value(calibrated);
+            fields.insert("calibrated".into(), calibrated.map_err(|e| Failure::Output(e.into()))?);
+        }
+        render::json(&document)?;
+        return Ok(Outcome::Done);
     }
+    let fitted = calibrated.as_ref().map(super::calibrate::summary).unwrap_or_default();
+    render::out(&(summary(&report) + &fitted))?;
     Ok(Outcome::Done)
+}
+
+/// Fits the routers of what was written to text of its own experts.
+fn calibrate(
+    report: &ShrinkReport,
+    tokens: usize,
+    common: &Common,
+) -> Result<CalibrateReport, Failure> {
+    let options = CalibrateOptions {
+        estimator: "auto".into(),
+        prompts: None,
+        prompt_tokens: None,
+        self_text: tokens,
+        train: None,
+        seed: 0,
+        interrupt: exit::interrupt().clone(),
+    };
+    let path = report.output.display().to_string();
+    let calibration = Calibration::prepare(&path, options)?;
+    let made = calibration.run(Some("after shrink"), None, &Bars::new(common))?;
+    notes(&made.warnings, common);
+    Ok(made)
 }
 
 fn summary(report: &ShrinkReport) -> String {

@@ -1,5 +1,6 @@
-//! Matrices of fitted experts, kept in files until the output is written: memory holds those of one layer.
+//! Matrices that were fitted, kept in files until the output is written: memory holds those of one layer.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -51,7 +52,7 @@ impl Store {
         let parent =
             target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
-        let builder = builder.prefix(".moe-merge-align-");
+        let builder = builder.prefix(".moe-merge-fit-");
         let folder = match parent.is_dir() {
             true => builder.tempdir_in(parent),
             false => builder.tempdir(),
@@ -80,9 +81,7 @@ impl Store {
         });
         // What is mapped already must not be written over.
         let file = file(method, (expert, layer));
-        let shard = ShardPlan { name: ShardName::Fixed(file.clone()), tensors: tensors.collect() };
-        let watch = Watch { interrupt, progress: &|_| {} };
-        write_shards(self.path(), &[shard], watch)?;
+        self.keep(&file, tensors.collect(), interrupt)?;
         self.get(method, (expert, layer))
     }
 
@@ -93,15 +92,28 @@ impl Store {
         (expert, layer): (usize, usize),
     ) -> Result<[WeightRef; 3], CheckpointError> {
         let name = |m: Matrix| name(m, (expert, layer));
-        let path = self.path().join(file(method, (expert, layer)));
-        let mut all = weights(&path)?;
+        let file = self.path().join(file(method, (expert, layer)));
+        let mut all = weights(&file)?;
         let missing = |tensor: String| CheckpointError::MissingTensor {
-            file: path.clone(),
+            file: file.clone(),
             tensor,
             nearest: None,
         };
         let mut take = |m| all.remove(&name(m)).ok_or_else(|| missing(name(m)));
         Ok([take(Matrix::Gate)?, take(Matrix::Up)?, take(Matrix::Down)?])
+    }
+
+    /// Writes `tensors` to a new file and maps them.
+    pub fn keep(
+        &self,
+        file: &str,
+        tensors: Vec<OutTensor>,
+        interrupt: &Interrupt,
+    ) -> Result<BTreeMap<String, WeightRef>, CheckpointError> {
+        let shard = ShardPlan { name: ShardName::Fixed(file.to_owned()), tensors };
+        let watch = Watch { interrupt, progress: &|_| {} };
+        write_shards(self.path(), &[shard], watch)?;
+        weights(&self.path().join(file))
     }
 
     fn path(&self) -> &Path {

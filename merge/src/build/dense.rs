@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use super::{BuildOptions, Observer, RecipeText, Stage};
 use crate::card::Dialect;
-use crate::dense::dense_matched;
+use crate::dense::{Fitting, Opened, TextReport, Watched, open_dense};
 use crate::error::MergeError;
 use crate::experts::ExpertMatch;
-use crate::recipe::DenseRecipe;
+use crate::recipe::{DenseRecipe, MatchExperts};
 use crate::write::{Provenance, write_dense};
 
 /// What a dense build did.
@@ -28,6 +28,9 @@ pub struct DenseReport {
     /// How the experts of MoE models were matched.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub matched_experts: Vec<ExpertMatch>,
+    /// Text that the models were run on, for methods that look at activations.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub texts: Vec<TextReport>,
     /// Seconds it took.
     pub seconds: f64,
     /// What a person should know.
@@ -39,6 +42,7 @@ pub struct DenseReport {
 pub struct PreparedDense {
     source: Source,
     matched_experts: Vec<ExpertMatch>,
+    fitting: Option<Fitting>,
     /// Where it will be written.
     pub target: PathBuf,
     /// Bytes of its tensors.
@@ -59,7 +63,7 @@ impl PreparedDense {
         text: RecipeText<'_>,
         options: BuildOptions,
     ) -> Result<Self, MergeError> {
-        let (source, matched_experts) = dense_matched(recipe, text.folder())?;
+        let Opened { source, matched, fitting } = open_dense(recipe, text.folder())?;
         let dtype = recipe.out_dtype.or(recipe.dtype);
         let size = |w: &WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
         Ok(Self {
@@ -69,15 +73,13 @@ impl PreparedDense {
             dtype,
             provenance: Provenance {
                 recipe: Some(text.text.to_owned()),
-                dialect: match recipe.match_experts {
-                    true => Dialect::Own,
-                    false => Dialect::MergekitYaml,
-                },
+                dialect: dialect(recipe),
                 seed: recipe.seed,
                 ..Provenance::default()
             },
             source,
-            matched_experts,
+            matched_experts: matched,
+            fitting,
             options,
         })
     }
@@ -91,6 +93,13 @@ impl PreparedDense {
         let staging = Staging::new(&self.target, self.options.replace)?;
         self.provenance.name =
             self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
+        let texts = match self.fitting.take() {
+            Some(fitting) => {
+                let watched = Watched { observer, interrupt: &self.options.interrupt };
+                fitting.run(&mut self.source, &self.target, watched)?
+            }
+            None => Vec::new(),
+        };
         observer.stage(Stage::Write, self.bytes);
         let progress = |bytes| observer.advance(bytes);
         let watch = Watch { interrupt: &self.options.interrupt, progress: &progress };
@@ -105,8 +114,17 @@ impl PreparedDense {
             bytes: written.bytes,
             method: self.method.into(),
             matched_experts: self.matched_experts,
+            texts,
             seconds: clock.elapsed().as_secs_f64(),
             warnings: self.source.notes.clone(),
         })
     }
+}
+
+/// Whether mergekit-yaml would read the recipe, too.
+fn dialect(recipe: &DenseRecipe) -> Dialect {
+    let ours = recipe.match_experts != MatchExperts::None
+        || recipe.match_neurons
+        || recipe.method.activations.is_some();
+    if ours { Dialect::Own } else { Dialect::MergekitYaml }
 }

@@ -3,17 +3,21 @@
 use std::path::Path;
 
 use moe_merge_checkpoint::Source;
+use moe_merge_checkpoint::publish::Interrupt;
 
 use super::names::split;
+use super::texts::{Amount, same_tokens};
 use crate::error::MergeError;
 use crate::experts::MoeInputs;
-use crate::recipe::{Place, Recipe, SourceKind, SourceSpec};
+use crate::recipe::{DenseRecipe, ModelText, Parts, Place, Recipe, SourceKind, SourceSpec};
 use crate::sources::Trail;
 
 /// Models that have been opened, each once.
 pub(super) struct Models<'a> {
     pub trail: &'a Trail,
     pub base_dir: &'a Path,
+    /// What they are opened for.
+    pub recipe: &'a DenseRecipe,
     pub opened: Vec<Opened>,
     /// What is done to MoE models.
     pub experts: MoeInputs,
@@ -43,7 +47,8 @@ impl Models<'_> {
             }
             _ => self.trail.open(spec, self.base_dir)?,
         };
-        let source = self.experts.take(source).map_err(|e| e.at(&spec.place))?;
+        let texts = |first: &Source, other: &Source| all_texts(self.recipe, first, other);
+        let source = self.experts.take(source, &texts).map_err(|e| e.at(&spec.place))?;
         let in_names =
             || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
         // Files of tensors are merged name by name, whatever their names look like.
@@ -99,4 +104,23 @@ impl Models<'_> {
         let identity = self.identity(spec);
         self.opened.iter().position(|m| m.identity == identity)
     }
+}
+
+/// The text of all models of a recipe, or what the first writes, as tokens of the first.
+fn all_texts(
+    recipe: &DenseRecipe,
+    first: &Source,
+    other: &Source,
+) -> Result<Vec<Vec<u32>>, MergeError> {
+    same_tokens(first, other, "`match_experts: activations`")?;
+    let mut text = ModelText::default();
+    if let Parts::Models(inputs) = &recipe.parts {
+        for input in inputs {
+            text.prompts.extend(input.text.prompts.iter().cloned());
+            text.files.extend(input.text.files.iter().cloned());
+        }
+    }
+    let amount = Amount::of(recipe);
+    let (place, interrupt) = (&recipe.place, Interrupt::default());
+    Ok(amount.text((first, 0), &text, place, &interrupt, &mut |_| {})?.0)
 }

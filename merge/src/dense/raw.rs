@@ -40,12 +40,23 @@ pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<So
     if !matches!(recipe.parts, Parts::Models(_)) {
         return Err(wrong(&recipe.place, "files of tensors have no layers: write `models`").into());
     }
+    if recipe.method.activations.is_some() {
+        let what =
+            format!("`{}` runs its models, and files of tensors are none", recipe.method.name);
+        return Err(wrong(&recipe.place, what).into());
+    }
     let trail = Trail::starting_at(&recipe.place.file);
-    let experts = MoeInputs::new(false, false);
-    let mut models = Models { trail: &trail, base_dir, opened: Vec::new(), experts, files: true };
+    let experts = MoeInputs::default();
+    let mut models =
+        Models { trail: &trail, base_dir, recipe, opened: Vec::new(), experts, files: true };
     let slices = plan(recipe, &mut models)?;
-    let mut merge =
-        Merge { recipe, models: &models, vocabulary: None, tensors: Default::default() };
+    let mut merge = Merge {
+        recipe,
+        models: &models,
+        vocabulary: None,
+        tensors: Default::default(),
+        fitted: Default::default(),
+    };
     let mut dropped = Vec::new();
     for slice in &slices {
         let names: BTreeSet<String> =

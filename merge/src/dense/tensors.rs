@@ -20,6 +20,8 @@ pub(super) struct Merge<'a, 'm> {
     pub models: &'a Models<'m>,
     pub vocabulary: Option<&'a Vocabulary>,
     pub tensors: BTreeMap<String, WeightRef>,
+    /// For methods that look at activations, of each tensor: the weights of the models beside the base, and `alpha`.
+    pub fitted: BTreeMap<String, (Vec<f64>, f64)>,
 }
 
 impl Merge<'_, '_> {
@@ -137,6 +139,10 @@ impl Merge<'_, '_> {
             recipe: self.recipe.place.file.clone(),
             inputs,
         };
+        if method.activations.is_some() {
+            let weights = group.others().into_iter().map(|m| group.own[m][0]).collect();
+            self.fitted.insert(output.clone(), (weights, group.global[0]));
+        }
         let weight = methods::merged(method, group).map_err(|reason| {
             let mut error =
                 self.recipe.place.error(format!("`{}` cannot be computed", method.name));

@@ -9,10 +9,12 @@ use moe_merge_checkpoint::{Source, WeightRef};
 use serde::Serialize;
 
 use super::assign::assign;
-use super::similarity::weight_correlation;
+use super::neurons::matched_neurons;
+use super::similarity::{activation_correlation, weight_correlation};
 use super::{ExpertLayer, expert_layers};
 use crate::error::MergeError;
 use crate::families::Matrix;
+use crate::recipe::MatchExperts;
 
 /// How the experts of one model were put into the order of another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,6 +23,8 @@ pub struct ExpertMatch {
     pub model: String,
     /// The model whose order all get.
     pub reference: String,
+    /// What they were compared by: `weights` or `activations`.
+    pub by: &'static str,
     /// Layer by layer.
     pub layers: Vec<LayerMatch>,
 }
@@ -52,9 +56,9 @@ impl ExpertMatch {
         let worst = all.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((0, 0.0));
         let (mean, layers) = (sum / count.max(1) as f64, self.layers.len());
         let mut text = format!(
-            "`{}`: experts matched to those of `{}` by their weights, in another order in {moved} of {layers} layers; \
+            "`{}`: experts matched to those of `{}` by their {}, in another order in {moved} of {layers} layers; \
              correlation {mean:.2} (least {:.2}, in layer {})",
-            self.model, self.reference, worst.1, worst.0
+            self.model, self.reference, self.by, worst.1, worst.0
         );
         if self.layers.iter().flat_map(|l| &l.similarity).all(|s| *s == 0.0) {
             text += "; the experts of one of them are all alike, so that there is nothing to match";
@@ -68,11 +72,16 @@ impl ExpertMatch {
 /// Mean correlation below which two sets of experts have little to do with each other.
 const UNRELATED: f64 = 0.2;
 
+/// Gives the text that experts are compared on, as tokens of the first model.
+pub(crate) type Texts<'a> = dyn Fn(&Source, &Source) -> Result<Vec<Vec<u32>>, MergeError> + 'a;
+
 /// What is done to the models of a dense merge as they are opened.
 #[derive(Debug, Default)]
 pub(crate) struct MoeInputs {
-    /// Whether experts are matched.
-    matching: bool,
+    /// How experts are matched.
+    experts: MatchExperts,
+    /// Whether the neurons of their MLPs are, after that.
+    neurons: bool,
     /// Whether experts of a layer become one tensor.
     fuse: bool,
     /// The first model, whose order counts.
@@ -82,39 +91,51 @@ pub(crate) struct MoeInputs {
 }
 
 impl MoeInputs {
-    pub fn new(matching: bool, fuse: bool) -> Self {
-        Self { matching, fuse, ..Self::default() }
+    pub fn new(experts: MatchExperts, neurons: bool, fuse: bool) -> Self {
+        Self { experts, neurons, fuse, ..Self::default() }
     }
 
-    /// `source` as the merge takes it; dense models and families that are not known stay as they are.
+    /// `source` as the merge takes it; dense models and families that are not known stay as they are, but for their neurons.
+    ///
+    /// * `texts`: asked where experts are matched by activations
     ///
     /// # Errors
-    /// [`MergeError::Argument`] if experts are to be matched in a model that has none; as [`weight_correlation`].
-    pub fn take(&mut self, source: Source) -> Result<Source, MergeError> {
-        if !(self.matching || self.fuse) {
+    /// [`MergeError::Argument`] if experts are to be matched in a model that has none; as [`weight_correlation`],
+    /// [`activation_correlation`] and [`matched_neurons`]; what `texts` returns.
+    pub fn take(&mut self, source: Source, texts: &Texts<'_>) -> Result<Source, MergeError> {
+        let matching = self.experts != MatchExperts::None;
+        if !(matching || self.neurons || self.fuse) {
             return Ok(source);
         }
         let layers = match expert_layers(&source) {
-            Ok(layers) if !layers.is_empty() => layers,
-            Ok(_) if self.matching => return Err(no_experts(&source)),
+            Ok(layers) if layers.is_empty() && matching => return Err(no_experts(&source)),
+            Ok(layers) => layers,
+            Err(e) if matching => return Err(e),
             // Experts in one tensor already, or a family that is merged by the names of its tensors.
-            Err(e) if self.matching => return Err(e),
-            Ok(_) | Err(_) => return Ok(source),
+            Err(_) => Vec::new(),
         };
-        let source = match (self.matching, &self.reference) {
-            (false, _) => source,
-            (true, None) => {
-                self.reference = Some((source.clone(), layers.clone()));
-                source
-            }
-            (true, Some((reference, own))) => {
-                let found = match_experts((reference, own), (&source, &layers))?;
-                let ordered = reordered(source, &layers, &found.layers)?;
+        let mut source = source;
+        if let Some((reference, own)) = &self.reference {
+            if matching {
+                let scores = match self.experts {
+                    MatchExperts::Activations => {
+                        same_shape((reference, own), (&source, &layers))?;
+                        let texts = texts(reference, &source)?;
+                        Some(activation_correlation(reference, &source, &texts)?)
+                    }
+                    MatchExperts::None | MatchExperts::Weights => None,
+                };
+                let found = match_experts((reference, own), (&source, &layers), scores.as_ref())?;
+                source = reordered(source, &layers, &found.layers)?;
                 self.matches.push(found);
-                ordered
             }
-        };
-        if self.fuse { fused(source, &layers) } else { Ok(source) }
+            if self.neurons {
+                source = matched_neurons(reference, source)?;
+            }
+        } else if matching || self.neurons {
+            self.reference = Some((source.clone(), layers.clone()));
+        }
+        if self.fuse && !layers.is_empty() { fused(source, &layers) } else { Ok(source) }
     }
 }
 
@@ -130,40 +151,55 @@ fn no_experts(source: &Source) -> MergeError {
     }
 }
 
+fn same_shape(
+    (reference, own): (&Source, &[ExpertLayer]),
+    (model, layers): (&Source, &[ExpertLayer]),
+) -> Result<(), MergeError> {
+    let shape = |l: &[ExpertLayer]| l.iter().map(|l| (l.layer, l.experts)).collect::<Vec<_>>();
+    if shape(own) == shape(layers) {
+        return Ok(());
+    }
+    let told = |l: &[ExpertLayer]| match l.first() {
+        Some(first) => format!("{} layers of {} experts", l.len(), first.experts),
+        None => "no experts".into(),
+    };
+    Err(MergeError::Incompatible {
+        what: "the models have different numbers of experts".into(),
+        first: reference.label.clone(),
+        second: model.label.clone(),
+        expected: told(own),
+        found: told(layers),
+        hint: "`moe-merge shrink` merges several experts into one".into(),
+        recipe: None,
+    })
+}
+
 /// Finds for each expert of the reference the one of `model` that is most like it, in each layer.
+///
+/// * `scores`: how much alike they are, by layer; by their weights without it
 ///
 /// # Errors
 /// [`MergeError::Incompatible`] for another number of layers or experts; as [`weight_correlation`].
 pub(crate) fn match_experts(
     (reference, own): (&Source, &[ExpertLayer]),
     (model, layers): (&Source, &[ExpertLayer]),
+    scores: Option<&BTreeMap<usize, Vec<f64>>>,
 ) -> Result<ExpertMatch, MergeError> {
-    let shape = |l: &[ExpertLayer]| l.iter().map(|l| (l.layer, l.experts)).collect::<Vec<_>>();
-    if shape(own) != shape(layers) {
-        let told = |l: &[ExpertLayer]| match l.first() {
-            Some(first) => format!("{} layers of {} experts", l.len(), first.experts),
-            None => "no experts".into(),
-        };
-        return Err(MergeError::Incompatible {
-            what: "the models have different numbers of experts".into(),
-            first: reference.label.clone(),
-            second: model.label.clone(),
-            expected: told(own),
-            found: told(layers),
-            hint: "`moe-merge shrink` merges several experts into one".into(),
-            recipe: None,
-        });
-    }
+    same_shape((reference, own), (model, layers))?;
     let mut found = Vec::new();
     for (own, layer) in own.iter().zip(layers) {
-        let score = weight_correlation((reference, own), (model, layer))?;
+        let score = match scores.and_then(|s| s.get(&layer.layer)) {
+            Some(score) => score.clone(),
+            None => weight_correlation((reference, own), (model, layer))?,
+        };
         let order = assign(&score, layer.experts);
         let similarity =
             order.iter().enumerate().map(|(i, j)| score[i * layer.experts + j]).collect();
         found.push(LayerMatch { layer: layer.layer, order, similarity });
     }
     let (model, reference) = (model.label.clone(), reference.label.clone());
-    Ok(ExpertMatch { model, reference, layers: found })
+    let by = if scores.is_some() { "activations" } else { "weights" };
+    Ok(ExpertMatch { model, reference, by, layers: found })
 }
 
 /// The same model with its experts in another order: the rows of its routers go with them.

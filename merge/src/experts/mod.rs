@@ -2,6 +2,7 @@
 
 mod assign;
 mod inputs;
+mod neurons;
 mod similarity;
 
 use std::collections::BTreeSet;

@@ -1,7 +1,10 @@
 //! How alike the experts of two models are.
 
+use std::collections::BTreeMap;
+
 use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::dense::{Dense, Into, matmul};
+use moe_merge_model::side_by_side::compare_experts;
 use rayon::prelude::*;
 
 use super::ExpertLayer;
@@ -58,6 +61,17 @@ impl Products {
         self.left.add(&other.left);
         self.right.add(&other.right);
     }
+
+    fn correlation(self, experts: usize) -> Vec<f64> {
+        let Self { cross: mut correlation, left, right } = self;
+        for (i, line) in correlation.chunks_exact_mut(experts.max(1)).enumerate() {
+            for (j, c) in line.iter_mut().enumerate() {
+                let lengths = left.length(i) * right.length(j);
+                *c = if lengths > 0.0 { *c / lengths } else { 0.0 };
+            }
+        }
+        correlation
+    }
 }
 
 /// `[experts, experts]`: correlation of expert `i` of `a` and expert `j` of `b` in one layer, all three matrices as one
@@ -69,16 +83,29 @@ pub(crate) fn weight_correlation(
     a: (&Source, &ExpertLayer),
     b: (&Source, &ExpertLayer),
 ) -> Result<Vec<f64>, MergeError> {
-    let experts = a.1.experts;
-    let total = all_products(a, b)?;
-    let mut correlation = total.cross;
-    for (i, line) in correlation.chunks_exact_mut(experts.max(1)).enumerate() {
-        for (j, c) in line.iter_mut().enumerate() {
-            let lengths = total.left.length(i) * total.right.length(j);
-            *c = if lengths > 0.0 { *c / lengths } else { 0.0 };
-        }
-    }
-    Ok(correlation)
+    Ok(all_products(a, b)?.correlation(a.1.experts))
+}
+
+/// By layer, `[experts, experts]`: correlation of what expert `i` of `a` and expert `j` of `b` make of the tokens of `texts`, each
+/// in its own model, after the mean of all experts of each model has been taken off. 0 where an expert is that mean.
+///
+/// # Errors
+/// As [`compare_experts`]; interruption.
+pub(crate) fn activation_correlation(
+    a: &Source,
+    b: &Source,
+    texts: &[Vec<u32>],
+) -> Result<BTreeMap<usize, Vec<f64>>, MergeError> {
+    let mut sums: BTreeMap<usize, (usize, Products)> = BTreeMap::new();
+    compare_experts([a, b], texts, &mut |seen| {
+        let [x, y] = seen.outputs.map(|outputs| centre(outputs.concat(), outputs.len()));
+        let experts = seen.outputs[0].len();
+        let made = Products { cross: products(&x.0, &y.0, experts), left: x.1, right: y.1 };
+        let sum = sums.entry(seen.layer).or_insert_with(|| (experts, Products::zero(experts)));
+        sum.1.add(&made);
+        Ok(())
+    })?;
+    Ok(sums.into_iter().map(|(l, (experts, sum))| (l, sum.correlation(experts))).collect())
 }
 
 /// Squared distances between the experts of a layer, and the sum of their squares.
@@ -154,17 +181,23 @@ fn centred(
     for (out, weight) in all.chunks_exact_mut(numbers).zip(weights) {
         weight.read_rows(rows.clone(), out)?;
     }
+    Ok(centre(all, weights.len()))
+}
+
+/// `all: [count, numbers]` minus its mean over `count`.
+fn centre(mut all: Vec<f32>, count: usize) -> (Vec<f32>, Squares) {
+    let numbers = (all.len() / count.max(1)).max(1);
     let whole = squares(&all, numbers);
     let mut mean = vec![0f32; numbers];
     for line in all.chunks_exact(numbers) {
         mean.iter_mut().zip(line).for_each(|(m, v)| *m += v);
     }
-    mean.iter_mut().for_each(|m| *m /= weights.len() as f32);
+    mean.iter_mut().for_each(|m| *m /= count as f32);
     for line in all.chunks_exact_mut(numbers) {
         line.iter_mut().zip(&mean).for_each(|(v, m)| *v -= m);
     }
     let centred = squares(&all, numbers);
-    Ok((all, Squares { centred, whole }))
+    (all, Squares { centred, whole })
 }
 
 fn squares(all: &[f32], numbers: usize) -> Vec<f64> {

@@ -18,6 +18,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (1, 1),
     whole_tensor: true,
+    activations: None,
     source: "mergekit `merge_methods/arcee_fusion.py`; differs: exact quantiles for tensors above a million numbers",
     build,
 };

@@ -13,6 +13,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Davari and Belilovsky 2023, arXiv:2312.06795; Yadav et al. 2023, arXiv:2306.01708",
     build,
 };

@@ -13,6 +13,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617",
     build,
 };

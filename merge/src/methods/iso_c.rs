@@ -17,6 +17,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (1, usize::MAX),
     whole_tensor: false,
+    activations: None,
     source: "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959",
     build,
 };

@@ -18,6 +18,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Ordinary,
     models: (1, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Karcher 1977, Riemannian center of mass and mollifier smoothing; mergekit `merge_methods/karcher.py`",
     build,
 };

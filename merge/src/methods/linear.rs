@@ -18,12 +18,14 @@ pub(super) const METHOD: Method = Method {
     base: Base::Ordinary,
     models: (1, usize::MAX),
     whole_tensor: false,
+    activations: None,
     source: "Wortsman et al. 2022, Model soups, arXiv:2203.05482",
     build,
 };
 
 #[derive(Debug)]
 struct Linear {
+    /// One for each input.
     weights: Vec<f32>,
     /// Sum of the weights, 1 without `normalize`.
     divisor: f32,
@@ -39,6 +41,17 @@ fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
     Ok(Box::new(Linear { weights, divisor, dtype: group.dtype }))
 }
 
+/// The mean of the inputs beside the base, by the first of their parameters.
+pub(super) fn mean(group: &Group) -> Result<Box<dyn Combine>, String> {
+    let mut weights = vec![0.0; group.inputs.len()];
+    group.others().into_iter().for_each(|m| weights[m] = group.own[m][0] as f32);
+    let divisor: f32 = weights.iter().sum();
+    if divisor == 0.0 {
+        return Err("the weights add up to zero".into());
+    }
+    Ok(Box::new(Linear { weights, divisor, dtype: group.dtype }))
+}
+
 impl Combine for Linear {
     fn rows(
         &self,
@@ -47,7 +60,7 @@ impl Combine for Linear {
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
         out.fill(0.0);
-        for (input, weight) in inputs.iter().zip(&self.weights) {
+        for (input, weight) in inputs.iter().zip(&self.weights).filter(|(_, w)| **w != 0.0) {
             for (o, v) in out.iter_mut().zip(read(input, rows.clone())?) {
                 *o += weight * v;
             }

@@ -4,6 +4,8 @@
 //! [`Weight`](moe_merge_checkpoint::Weight) whose rows are computed when they are read; methods that need a fact about
 //! the whole tensor (an angle, a threshold) find it on first use.
 
+use moe_merge_model::side_by_side::Stream;
+
 use crate::recipe::ParameterKind;
 
 mod gram;
@@ -32,6 +34,8 @@ mod nuslerp;
 mod passthrough;
 mod ram;
 mod ramplus_tl;
+mod regmean;
+mod regmean_stream;
 mod sce;
 mod slerp;
 mod task_arithmetic;
@@ -61,6 +65,9 @@ pub struct Method {
     pub models: (usize, usize),
     /// Whether its arithmetic looks at a tensor as one vector: then all experts of a layer are one tensor.
     pub whole_tensor: bool,
+    /// Whose hidden states it looks at, if any: then [`Method::models`] are run on texts, and the linear weights of their layers
+    /// are computed from that. The other tensors are made as by every method.
+    pub activations: Option<Stream>,
     /// The paper or code it comes from.
     pub source: &'static str,
     build: fn(&Group) -> Result<Box<dyn Combine>, String>,
@@ -162,6 +169,8 @@ pub const METHODS: &[Method] = &[
     arcee_fusion::METHOD,
     iso_c::METHOD,
     tsv::METHOD,
+    regmean::METHOD,
+    regmean_stream::METHOD,
     passthrough::METHOD,
 ];
 

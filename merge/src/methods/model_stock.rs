@@ -17,6 +17,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (2, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Jang et al. 2024, Model Stock, arXiv:2403.19522",
     build,
 };

@@ -24,6 +24,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Optional,
     models: (1, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "mergekit `merge_methods/multislerp.py`; its step in the tangent space cancels, what remains is this",
     build,
 };

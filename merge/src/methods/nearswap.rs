@@ -17,6 +17,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (1, 1),
     whole_tensor: false,
+    activations: None,
     source: "mergekit `merge_methods/nearswap.py`, by alchemonaut",
     build,
 };

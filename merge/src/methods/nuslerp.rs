@@ -27,6 +27,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Optional,
     models: (2, 2),
     whole_tensor: true,
+    activations: None,
     source: "mergekit `merge_methods/nuslerp.py`; Shoemake 1985",
     build,
 };

@@ -58,8 +58,17 @@ fn section(method: &Method) -> String {
         }
         text.push('\n');
     }
+    if method.activations.is_some() {
+        text += ACTIVATIONS;
+    }
     text + &format!("Source: {}\n", method.source)
 }
+
+/// What is said about every method that looks at activations.
+const ACTIVATIONS: &str = "Runs each model on text of its kind: `prompts` or a `prompts_file` beside it (`prompt_tokens`, 20000, of it), \
+                           else 5000 tokens that it writes itself (`self_text`). Whole dense models of one vocabulary and a known \
+                           family, `models` not `slices`; weights that read the same input share their parameters. Memory: a layer of \
+                           each model, the hidden states of all text, and `4 in² + 24 in out` bytes for the largest weight.\n\n";
 
 fn sentence(text: &str) -> String {
     let mut letters = text.chars();

@@ -15,6 +15,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Ordinary,
     models: (1, 1),
     whole_tensor: false,
+    activations: None,
     source: "mergekit `merge_methods/passthrough.py`",
     build,
 };

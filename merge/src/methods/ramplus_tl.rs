@@ -23,6 +23,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Reinforced Agent Merging 2026, arXiv:2601.13572",
     build,
 };

@@ -23,6 +23,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Wan et al. 2024, FuseChat, arXiv:2408.07990",
     build,
 };

@@ -16,6 +16,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (1, 1),
     whole_tensor: true,
+    activations: None,
     source: "Shoemake 1985, Animating rotation with quaternion curves",
     build,
 };

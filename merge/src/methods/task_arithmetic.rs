@@ -14,6 +14,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: false,
+    activations: None,
     source: "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089",
     build,
 };

@@ -14,6 +14,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (0, usize::MAX),
     whole_tensor: true,
+    activations: None,
     source: "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
     build,
 };

@@ -18,6 +18,7 @@ pub(super) const METHOD: Method = Method {
     base: Base::Required,
     models: (1, usize::MAX),
     whole_tensor: false,
+    activations: None,
     source: "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081",
     build,
 };

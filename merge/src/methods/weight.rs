@@ -41,7 +41,7 @@ impl Group {
     }
 
     /// The inputs that are not the base, in recipe order.
-    pub(super) fn others(&self) -> Vec<usize> {
+    pub(crate) fn others(&self) -> Vec<usize> {
         (0..self.inputs.len()).filter(|m| Some(*m) != self.base).collect()
     }
 

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::Dtype;
 
+use super::moe::MOST;
 use super::node::{Node, Value};
+use super::prompts::ExpertFile;
 use super::reader::{Object, Reader, join, nearest};
 use super::schema;
 use super::setting::Setting;
@@ -40,8 +42,14 @@ pub struct DenseRecipe {
     pub tokenizer: Option<Box<TokenizerSpec>>,
     /// A name of [`CHAT_TEMPLATES`](super::CHAT_TEMPLATES), or Jinja text.
     pub chat_template: Option<String>,
-    /// Whether the experts of MoE models are put into the order of the first model's.
-    pub match_experts: bool,
+    /// Tokens that each model writes itself, 0 for none; absent: where it has no text. For methods that look at activations.
+    pub self_text: Option<usize>,
+    /// Tokens of each model that files of prompts may fill.
+    pub prompt_tokens: Option<usize>,
+    /// Whether the experts of MoE models are put into the order of the first model's, and by what.
+    pub match_experts: MatchExperts,
+    /// Whether the neurons of all MLPs are, by their weights.
+    pub match_neurons: bool,
     /// Seed of the random methods.
     pub seed: u64,
     /// Shown in reports.
@@ -50,6 +58,18 @@ pub struct DenseRecipe {
     pub output: Option<PathBuf>,
     /// Where the recipe stands.
     pub place: Place,
+}
+
+/// How it is found out which experts of MoE models go together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MatchExperts {
+    /// By their numbers.
+    #[default]
+    None,
+    /// By the correlation of their weights.
+    Weights,
+    /// By the correlation of what they make of the same text.
+    Activations,
 }
 
 /// What a dense merge merges.
@@ -70,6 +90,24 @@ pub struct Input {
     pub layers: Option<Range<usize>>,
     /// Its own parameters.
     pub parameters: Parameters,
+    /// Text of its kind, for methods that look at activations.
+    pub text: ModelText,
+}
+
+/// Text of the kind that a model is good at.
+#[derive(Debug, Clone, Default)]
+pub struct ModelText {
+    /// In the recipe.
+    pub prompts: Vec<String>,
+    /// In files.
+    pub files: Vec<ExpertFile>,
+}
+
+impl ModelText {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.prompts.is_empty() && self.files.is_empty()
+    }
 }
 
 /// An output slice.
@@ -107,7 +145,17 @@ impl Reader {
         let out_dtype = self.dtype_at(&object, "out_dtype");
         let tokenizer = self.tokenizer(&object).map(Box::new);
         let chat_template = self.chat_template(&object);
-        let match_experts = match object.get("match_experts") {
+        let self_text = self.self_text(&object);
+        let prompt_tokens =
+            object.get("prompt_tokens").and_then(|(n, p)| self.integer(n, &p, 1..=MOST));
+        let match_experts = object.get("match_experts").and_then(|(node, path)| {
+            match self.one_of(node, &path, &["none", "weights", "activations"])?.as_str() {
+                "weights" => Some(MatchExperts::Weights),
+                "activations" => Some(MatchExperts::Activations),
+                _ => None,
+            }
+        });
+        let match_neurons = match object.get("match_neurons") {
             Some((node, path)) => {
                 self.one_of(node, &path, &["none", "weights"]).as_deref() == Some("weights")
             }
@@ -128,6 +176,10 @@ impl Reader {
             let what = format!("`{}` needs a `base_model`", method.name);
             self.error(object.at, &join(path, "base_model"), what);
         }
+        if let Some(method) = method {
+            let compares = match_experts == Some(MatchExperts::Activations);
+            self.check_text(&object, method, parts.as_ref(), self_text, compares);
+        }
         (self.errors.len() == before).then_some(())?;
         Some(DenseRecipe {
             method: method?,
@@ -140,12 +192,65 @@ impl Reader {
             out_dtype,
             tokenizer,
             chat_template,
-            match_experts,
+            match_experts: match_experts.unwrap_or_default(),
+            match_neurons,
+            self_text,
+            prompt_tokens: prompt_tokens.map(|n| n as usize),
             seed,
             name,
             output,
             place: self.place(node.at, path),
         })
+    }
+
+    /// Text where the method looks at none, or none where it does; what such a method cannot do.
+    fn check_text(
+        &mut self,
+        object: &Object,
+        method: &Method,
+        parts: Option<&Parts>,
+        self_text: Option<usize>,
+        compares: bool,
+    ) {
+        let models = match parts {
+            Some(Parts::Models(models)) => models.as_slice(),
+            _ => &[],
+        };
+        if method.activations.is_none() && compares {
+            return;
+        }
+        if method.activations.is_none() {
+            let given = ["self_text", "prompt_tokens"].into_iter().filter_map(|k| object.get(k));
+            let mut places: Vec<_> = given.map(|(node, path)| (node.at, path)).collect();
+            let with = models.iter().filter(|m| !m.text.is_empty()).map(|m| &m.source.place);
+            places.extend(with.map(|p| (p.at, p.path.clone())));
+            for (at, path) in places {
+                let what = format!("`{}` looks at no text", method.name);
+                let error = self.error(at, &path, what);
+                error.expected = Some(format!(
+                    "a method that does ({}), or `match_experts: activations`",
+                    readers().join(", ")
+                ));
+                error.hint = Some("remove the text, or choose another method".into());
+            }
+            return;
+        }
+        if let Some((node, path)) = object.get("tokenizer").or(object.get("tokenizer_source")) {
+            let what = format!("`{}` runs its models on the same tokens", method.name);
+            self.error(node.at, &path, what).hint =
+                Some("give the models one vocabulary first, in a recipe of its own".into());
+        }
+        if matches!(parts, Some(Parts::Slices(_))) {
+            let what = format!("`{}` runs whole models", method.name);
+            self.error(object.at, &join(&object.path, "slices"), what).expected =
+                Some("`models`".into());
+        }
+        for model in models.iter().filter(|m| m.text.is_empty() && self_text == Some(0)) {
+            let place = &model.source.place;
+            let what = "a model has no text, and `self_text: 0` lets it write none";
+            self.error(place.at, &place.path, what).expected =
+                Some("`prompts`, a `prompts_file`, or `self_text` left out".into());
+        }
     }
 
     /// The only entry of `modules`, where there is that key: what a model of one part calls `default`.
@@ -221,7 +326,11 @@ impl Reader {
             let Some(object) = self.object(node, &path, keys, "a model") else { continue };
             let source = self.source_at(&object, "model");
             let parameters = self.parameters(&object, method, Level::Model);
-            models.extend(source.map(|source| Input { source, layers: None, parameters }));
+            let text = ModelText {
+                prompts: self.prompts(&object, "prompts"),
+                files: self.prompts_files(&object),
+            };
+            models.extend(source.map(|source| Input { source, layers: None, parameters, text }));
         }
         models
     }
@@ -246,7 +355,8 @@ impl Reader {
                 let source = self.source_at(&object, "model");
                 let layers = self.range_at(&object, "layer_range");
                 let parameters = self.parameters(&object, method, Level::Model);
-                sources.extend(source.map(|source| Input { source, layers, parameters }));
+                let text = ModelText::default();
+                sources.extend(source.map(|source| Input { source, layers, parameters, text }));
             }
             let length = |i: &Input| i.layers.as_ref().map(|l| l.len());
             let first = sources.first().and_then(length);
@@ -311,6 +421,12 @@ impl Reader {
         }
         found
     }
+}
+
+/// Methods that look at text.
+fn readers() -> Vec<String> {
+    let all = methods::METHODS.iter().filter(|m| m.activations.is_some());
+    all.map(|m| format!("`{}`", m.name)).collect()
 }
 
 /// Where parameters stand.

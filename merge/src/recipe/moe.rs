@@ -8,14 +8,14 @@ use moe_merge_checkpoint::Dtype;
 use moe_merge_router::{ESTIMATORS, Estimator, Method as RouterMethod};
 
 use super::align::Align;
-use super::dense::{DenseRecipe, Input, Parameters, Parts};
+use super::dense::{DenseRecipe, Input, MatchExperts, ModelText, Parameters, Parts};
 use super::node::{Node, Value};
 use super::prompts::ExpertFile;
 use super::reader::{Object, Reader, as_bool};
 use super::schema;
 use super::setting::Setting;
 use super::source::{Place, SourceSpec};
-use crate::methods::{self, Base};
+use crate::methods::{self, Base, Method};
 
 /// A MoE recipe.
 #[derive(Debug, Clone)]
@@ -294,7 +294,7 @@ impl Reader {
     }
 
     /// A number of tokens; `false` is 0.
-    fn self_text(&mut self, object: &Object) -> Option<usize> {
+    pub fn self_text(&mut self, object: &Object) -> Option<usize> {
         let (node, path) = object.get("self_text")?;
         match node.value {
             Value::Bool(false) => Some(0),
@@ -546,11 +546,20 @@ impl Reader {
     ) -> Option<Attention> {
         let Some((node, path)) = object.get("attention") else { return Some(Attention::Base) };
         let place = self.place(node.at, &path);
-        let inputs = || -> Vec<Input> {
+        // What the experts' text is to a router, it is to a method that looks at activations.
+        let inputs = |method: &'static Method| -> Vec<Input> {
+            let text = |e: &Expert| match method.activations {
+                Some(_) => ModelText {
+                    prompts: e.positive_prompts.clone(),
+                    files: e.prompts_files.clone(),
+                },
+                None => ModelText::default(),
+            };
             let input = |e: &Expert| Input {
                 source: e.source.clone(),
                 layers: None,
                 parameters: Parameters::new(),
+                text: text(e),
             };
             experts.iter().map(input).collect()
         };
@@ -566,7 +575,10 @@ impl Reader {
                 out_dtype: None,
                 tokenizer: None,
                 chat_template: None,
-                match_experts: false,
+                match_experts: MatchExperts::None,
+                match_neurons: false,
+                self_text: None,
+                prompt_tokens: None,
                 seed,
                 name: Some("attention".into()),
                 output: None,
@@ -576,9 +588,11 @@ impl Reader {
         if !matches!(node.value, Value::Map(_)) {
             let name = self.one_of(node, &path, &["base", "average"])?;
             let weights = Parameters::from([("weight", Setting::constant(1.0))]);
-            let average =
-                || recipe(methods::by_name("linear")?, None, inputs(), weights, None).into();
-            return if name == "base" { Some(Attention::Base) } else { average() };
+            let linear = methods::by_name("linear")?;
+            return Some(match name.as_str() {
+                "base" => Attention::Base,
+                _ => recipe(linear, None, inputs(linear), weights, None),
+            });
         }
         let object = self.object(node, &path, schema::ATTENTION, "a dense merge block")?;
         let method = self.method(&object);
@@ -594,7 +608,7 @@ impl Reader {
         if method.parameters.iter().any(|p| p.name == "weight") && !object.has("models") {
             parameters.entry("weight").or_insert_with(|| Setting::constant(1.0));
         }
-        let models = if object.has("models") { models } else { inputs() };
+        let models = if object.has("models") { models } else { inputs(method) };
         Some(recipe(method, base_model, models, parameters, dtype))
     }
 }

@@ -190,8 +190,27 @@ pub const DENSE: &[Key] = &[
         "a chat template by name, `auto` for the most frequent one, or Jinja text",
     )
     .default("that of the tokenizer"),
-    key("match_experts", Shape::Name(|| vec!["none", "weights"]), "MoE models: which experts go together; `weights`: those whose weights are most alike, layer by layer, router rows with them")
-        .default("none: those of the same number"),
+    key("self_text", Shape::Integer(0), "for methods that look at activations: tokens that each model writes itself; 0: none")
+        .default("as many as models without text need"),
+    key(
+        "prompt_tokens",
+        Shape::Integer(1),
+        "for methods that look at activations: tokens of each model that files of prompts may fill",
+    )
+    .default("20000"),
+    key(
+        "match_experts",
+        Shape::Name(|| vec!["none", "weights", "activations"]),
+        "MoE models: which experts go together, layer by layer, router rows with them; `weights`: those whose weights are most \
+         alike; `activations`: those that make the most alike of the same text (all `prompts`, or what the first model writes)",
+    )
+    .default("none: those of the same number"),
+    key(
+        "match_neurons",
+        Shape::Name(|| vec!["none", "weights"]),
+        "which neurons of an MLP go together, after experts were matched: those whose weights are most alike",
+    )
+    .default("none: those of the same number"),
     key("seed", Shape::Integer(0), "seed of the methods that choose by chance").default("0"),
     key("name", Shape::Text, "shown in reports").default("none"),
     key("output", Shape::Text, "folder to write").default("merged/<recipe name>"),
@@ -215,6 +234,14 @@ pub const MODULE: &[Key] = &[
 pub const DENSE_MODEL: &[Key] = &[
     key("model", Shape::Source, "the model").required(),
     key("parameters", Shape::Parameters, "parameters for this model").default("the recipe's"),
+    key("prompts", Shape::Texts, "text of its kind, for methods that look at activations")
+        .default("none: it writes its own"),
+    key(
+        "prompts_file",
+        Shape::TextOrTexts,
+        "the same in files: blocks of text divided by blank lines, JSON lines or a JSON list",
+    )
+    .default("none"),
 ];
 
 /// An output slice of a dense merge recipe.

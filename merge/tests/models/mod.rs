@@ -13,6 +13,7 @@ const MLP: usize = 6;
 pub struct TinyModel {
     layers: usize,
     value: f32,
+    seed: Option<u64>,
     dtype: Dtype,
     tied: bool,
     words: Vec<String>,
@@ -26,6 +27,7 @@ impl TinyModel {
         Self {
             layers,
             value: 0.0,
+            seed: None,
             dtype: Dtype::F32,
             tied: false,
             words: Vec::new(),
@@ -37,6 +39,12 @@ impl TinyModel {
     /// All numbers are `value`.
     pub fn filled(mut self, value: f32) -> Self {
         self.value = value;
+        self
+    }
+
+    /// Numbers from -1 to 1, other ones for another seed.
+    pub fn drawn(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
         self
     }
 
@@ -69,7 +77,7 @@ impl TinyModel {
         let config = json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
             "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": self.layers,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
             "tie_word_embeddings": self.tied,
         });
         fs_err::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -77,8 +85,19 @@ impl TinyModel {
             fs_err::write(folder.join("tokenizer.json"), self.tokenizer().to_string()).unwrap();
         }
         let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
+        let mut drawn = self.seed.map(|seed| seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut number = || match &mut drawn {
+            Some(state) => {
+                *state ^= *state << 13;
+                *state ^= *state >> 7;
+                *state ^= *state << 17;
+                (*state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            }
+            None => self.value,
+        };
         let mut add = |name: String, shape: &[usize]| {
-            tensors.insert(name, (shape.to_vec(), vec![self.value; shape.iter().product()]));
+            let count: usize = shape.iter().product();
+            tensors.insert(name, (shape.to_vec(), (0..count).map(|_| number()).collect()));
         };
         add("model.embed_tokens.weight".into(), &[vocabulary, HIDDEN]);
         if !self.tied {
