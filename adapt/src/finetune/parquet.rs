@@ -45,7 +45,7 @@ impl<'a> Table<'a> {
         let mut own = Vec::new();
         for column in columns.iter().filter(|c| KEYS.contains(&c.name())) {
             let part = part(column).map_err(|e| broken(path, e.to_string()))?;
-            own.push(part.ok_or_else(|| no_text(path, &columns[..]))?);
+            own.push(part.ok_or_else(|| no_text(path, columns))?);
         }
         if !own.iter().any(|c| ENOUGH.contains(&c.name())) {
             return Err(no_text(path, columns));
@@ -179,7 +179,7 @@ fn no_text(path: &Path, columns: &[Arc<Type>]) -> CheckpointError {
         true => format!("`{}` ({})", c.name(), c.get_physical_type()),
         false => format!("`{}` (nested)", c.name()),
     };
-    let shown: Vec<String> = columns.iter().take(20).map(|c| kind(c)).collect();
+    let shown: Vec<String> = columns.iter().take(20).map(|c| kind(c.as_ref())).collect();
     CheckpointError::Malformed {
         what: "a Parquet file without text that can be learnt".into(),
         file: path.to_owned(),
