@@ -48,7 +48,7 @@ impl Store {
     /// Beside `target` where there is a folder, else where the system keeps files for a while.
     ///
     /// * `dtype`: how numbers are stored in the output; what is fitted later is fitted to numbers rounded like that
-    fn beside(target: &Path, dtype: Dtype) -> Result<Self, CheckpointError> {
+    pub fn beside(target: &Path, dtype: Dtype) -> Result<Self, CheckpointError> {
         let parent =
             target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
