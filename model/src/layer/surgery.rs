@@ -36,7 +36,7 @@ impl Layer {
             return Err(candle_core::Error::msg("a dense layer has no router").into());
         };
         let logits = apply2(mlp_input, rows, RouterLogits)?;
-        let (routing, weights, _) = self.routed(moe, logits, moe.spec.router)?;
+        let (routing, weights, _) = self.routed(moe, logits, moe.spec.router, None)?;
         Ok((routing, weights))
     }
 
