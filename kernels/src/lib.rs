@@ -26,6 +26,7 @@ pub mod dense;
 pub mod dispatch;
 mod dispatch_backward;
 mod eigen;
+pub mod elementwise;
 mod env;
 mod error;
 mod exec;
