@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn nothing_is_lost_where_texts_are_cut() {
-        let text = |seed: u32| [1].into_iter().chain((0..40).map(|i| 2 + (i * 7 + seed) % 90));
+        let text = |seed: u32| [1].into_iter().chain((0..40).map(move |i| 2 + (i * 7 + seed) % 90));
         let texts: Vec<Vec<u32>> = (0..6).map(|s| text(s).collect()).collect();
         let cut = begun_anywhere(&texts, Some(1), 3);
         assert_eq!((cut.len(), &cut[0], &cut[3]), (9, &texts[0], &texts[2]));

@@ -184,6 +184,10 @@ pub(super) struct Done {
     pub made: AlignedExpert,
 }
 
+/// Goes on from a state, if there is one, and tells what it keeps.
+type Run<'a> =
+    dyn FnMut(Option<DistillationState>, &mut Told<'_>) -> Result<Distilled, ModelError> + 'a;
+
 /// Distils with what `keeper` has, and lets it keep where that is.
 ///
 /// # Errors
@@ -192,7 +196,7 @@ pub(super) fn kept(
     keeper: &mut Option<Keeper>,
     interrupt: &Interrupt,
     done: &mut dyn FnMut(),
-    run: &mut dyn FnMut(Option<DistillationState>, &mut Told<'_>) -> Result<Distilled, ModelError>,
+    run: &mut Run<'_>,
 ) -> Result<Distilled, MergeError> {
     let state = keeper.as_ref().map(Keeper::state).transpose()?.flatten();
     let mut failed = None;

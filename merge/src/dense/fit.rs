@@ -239,10 +239,7 @@ impl Fitting {
     }
 
     /// Token ids of each model's texts.
-    fn texts(
-        &self,
-        watched: Watched<'_>,
-    ) -> Result<(Vec<Vec<Vec<u32>>>, Vec<TextReport>), MergeError> {
+    fn texts(&self, watched: Watched<'_>) -> Result<(Vec<Tokens>, Vec<TextReport>), MergeError> {
         let total: usize = self.members.iter().map(|m| self.amount.written(&m.text)).sum();
         watched.observer.stage(Stage::SelfText, total as u64);
         let mut told = |tokens| watched.observer.advance(tokens as u64);
@@ -254,6 +251,9 @@ impl Fitting {
         Ok(all.collect::<Result<Vec<_>, _>>()?.into_iter().unzip())
     }
 }
+
+/// Token ids of some texts.
+type Tokens = Vec<Vec<u32>>;
 
 /// Whether the inputs of all linear weights in the layers of a model can be followed.
 fn followed(member: &Owner, method: &str) -> Result<(), MergeError> {

@@ -53,12 +53,13 @@ pub fn compare_experts(
             layers.push(layer);
         }
         if layers.iter().all(|l| l.experts() > 0) {
-            for batch in 0..inputs[0].len() {
-                let tokens = inputs[0][batch].dim(0)?;
+            for pair in inputs[0].iter().zip(&inputs[1]) {
+                let pair = [pair.0, pair.1];
+                let tokens = pair[0].dim(0)?;
                 for from in (0..tokens).step_by(TOKENS) {
                     let made = |m: usize| -> Result<Vec<Vec<f32>>, ModelError> {
                         let count = TOKENS.min(tokens - from);
-                        let part = inputs[m][batch].narrow(0, from, count)?.contiguous()?;
+                        let part = pair[m].narrow(0, from, count)?.contiguous()?;
                         let made = layers[m].expert_outputs(sides[m].0.spec.activation, &part)?;
                         Ok(made.iter().map(to_vec).collect::<Result<_, _>>()?)
                     };
