@@ -4,48 +4,14 @@
 mod cli;
 mod common;
 mod kitchen;
+mod tuning;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use moe_merge_checkpoint::WeightRef;
 use moe_merge_merge::families::Layout;
 use moe_merge_testkit::repository;
 use serde_json::{Value, json};
-
-/// A MoE of two of the quickstart's models.
-fn quickstart(temp: &Path, architecture: &str, layout: Layout) -> PathBuf {
-    let sources = repository("recipes/quickstart");
-    let source = |name: &str| format!("\"{}/{name}\"", sources.display());
-    let text = format!(
-        "base_model: {}\nexperts_per_token: 1\narchitecture: {architecture}\nexperts:\n\
-         - {{source_model: {}, name: prose, positive_prompts: [\"the mill seemed gentle when the bells rang\"]}}\n\
-         - {{source_model: {}, name: code, positive_prompts: [\"pub fn split_depth(depth: i32) -> i32\"]}}\n",
-        source("base"),
-        source("prose"),
-        source("code")
-    );
-    common::build_text(&text, &temp.join("x.yaml"), &temp.join("moe"), layout)
-}
-
-fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let source = common::open(folder);
-    let bytes = |w: &WeightRef| w.bytes().unwrap().to_vec();
-    source.tensors.iter().map(|(n, w)| (n.clone(), bytes(w))).collect()
-}
-
-fn finetune(folder: &Path, args: &[&str]) -> cli::Run {
-    let path = folder.display().to_string();
-    cli::run(&[&["finetune", &path, "--json"], args].concat())
-}
-
-fn report(run: &cli::Run) -> Value {
-    assert_eq!(run.code, 0, "{}", run.stderr);
-    serde_json::from_str(&run.stdout).unwrap()
-}
-
-const SHORT: [&str; 8] =
-    ["--steps", "3", "--window", "64", "--batch-tokens", "256", "--learning-rate", "0.005"];
+use tuning::{SHORT, finetune, quickstart, report, tensors, wide};
 
 #[test]
 fn only_the_expert_changes_and_the_journal_knows() {
@@ -118,14 +84,22 @@ fn any_number_of_threads_gives_the_same_bytes() {
     let temp = tempfile::tempdir().unwrap();
     let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
     let data = cli::file(temp.path(), "kitchen.txt", kitchen::text(1, 6000).as_bytes());
-    let adapter = |name: &str, threads: &str| {
+    let adapter = |name: &str, threads: &str, extra: &[&str]| {
         let out = temp.path().join(name);
         let shown = out.display().to_string();
         let args = ["--expert", "1", "--data", &data, "--out", &shown, "--threads", threads];
-        report(&finetune(&folder, &[&args, &SHORT[..]].concat()));
+        report(&finetune(&folder, &[&args, &SHORT[..], extra].concat()));
         std::fs::read(out.join("adapter_model.safetensors")).unwrap()
     };
-    assert!(adapter("one", "1") == adapter("three", "3"));
+    let plain = adapter("one", "1", &[]);
+    assert!(plain == adapter("three", "3", &[]));
+    assert!(plain == adapter("none", "2", &["--dropout", "0"]));
+    let dropped = adapter("one-dropped", "1", &["--dropout", "0.2"]);
+    assert!(dropped == adapter("three-dropped", "3", &["--dropout", "0.2"]));
+    assert!(dropped != plain);
+    let config = std::fs::read(temp.path().join("one-dropped/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["lora_dropout"], 0.2);
 }
 
 #[test]
@@ -136,7 +110,8 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let at = |name: &str| temp.path().join(name).display().to_string();
     let state = at("state");
     let run = |out: &str, extra: &[&str]| {
-        let args = ["--expert", "1", "--data", &data, "--out", out, "--state", &state];
+        let args =
+            ["--expert", "1", "--data", &data, "--out", out, "--state", &state, "--dropout", "0.1"];
         let steps =
             ["--steps", "8", "--window", "64", "--batch-tokens", "256", "--evaluate-every", "2"];
         finetune(&folder, &[&args, &steps[..], extra].concat())
@@ -152,7 +127,7 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let mut child = std::process::Command::new(exe)
         .args(["finetune", &path, "--expert", "1", "--data", &data, "--out", &halves])
         .args(["--state", &state, "--steps", "8", "--window", "64", "--batch-tokens", "256"])
-        .args(["--evaluate-every", "2", "--quiet"])
+        .args(["--evaluate-every", "2", "--quiet", "--dropout", "0.1"])
         .env("CUDA_VISIBLE_DEVICES", "")
         .spawn()
         .unwrap();
@@ -367,24 +342,37 @@ fn peft_loads_the_adapter_and_gives_our_logits() {
     check(&dense, &[], &at("dense-adapter"));
 }
 
-/// The quickstart's MoE in f32, in which adapters are not rounded away.
-fn wide(temp: &Path, architecture: &str) -> PathBuf {
-    let sources = repository("recipes/quickstart");
-    let source = |name: &str| format!("\"{}/{name}\"", sources.display());
-    let mut text = format!(
-        "base_model: {}\nexperts_per_token: 2\ngate_mode: random\ndtype: float32\narchitecture: {architecture}\n\
-         experts:\n- {{source_model: {}, positive_prompts: [a]}}\n- {{source_model: {}, positive_prompts: [b]}}\n\
-         - {{source_model: {}, positive_prompts: [c]}}\n",
-        source("base"),
-        source("prose"),
-        source("code"),
-        source("math")
-    );
-    if architecture == "qwen2_moe" {
-        text += &format!(
-            "shared_experts:\n- {{source_model: {}, positive_prompts: [d]}}\n",
-            source("base")
-        );
+/// The loss is the divergence from the teacher: nothing for a model that is its own, falling for another one, for a dense
+/// student and for an expert, and the journal names it.
+#[test]
+fn a_teacher_says_what_is_learnt() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
+    let models = repository("recipes/quickstart");
+    let at = |name: &str| models.join(name).display().to_string();
+    let data = at("eval_code.txt");
+    let train = |model: &Path, extra: &[&str]| {
+        finetune(model, &[&["--data", &data, "--hold-out", "0.2"], extra, &SHORT[..]].concat())
+    };
+    let out = |name: &str| temp.path().join(name).display().to_string();
+    let base = models.join("base");
+    let own = report(&train(&base, &["--teacher", &at("base"), "--out", &out("own")]));
+    assert!(own["validation"][0].as_f64().unwrap().abs() < 1e-6, "{own}");
+    let told = report(&train(&base, &["--teacher", &at("code"), "--out", &out("code")]));
+    let losses = |told: &Value| [0, 1].map(|i| told["validation"][i].as_f64().unwrap());
+    let [before, after] = losses(&told);
+    assert!(after < 0.95 * before && after > 0.0, "{told}");
+
+    let expert = ["--expert", "prose", "--route", "forced", "--apply", "--teacher", &at("code")];
+    for extra in [&[][..], &["--full"]] {
+        let told = report(&train(&folder, &[&expert[..], extra].concat()));
+        let [before, after] = losses(&told);
+        assert!(after < before, "{told}");
     }
-    common::build_text(&text, &temp.join("x.yaml"), &temp.join("moe"), Layout::Hub)
+    let journal = cli::run(&["history", "--json", &folder.display().to_string()]).stdout;
+    assert!(journal.contains("quickstart/code"), "{journal}");
+
+    let stranger = repository("model/tests/data/mixtral_fused").display().to_string();
+    train(&base, &["--teacher", &stranger, "--out", &out("other")])
+        .fails(2, &["--teacher", "the student's vocabulary of", "mixtral_fused"]);
 }

@@ -73,3 +73,42 @@ fn a_new_domain_is_learnt_nearly_as_by_a_full_training_and_others_stay() {
         assert!(moved.abs() < 0.01, "{low}");
     }
 }
+
+#[test]
+fn a_router_that_learns_leaves_other_domains_where_they_were() {
+    let Some(models) = shared("models/tiny") else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let data = cli::file(temp.path(), "kitchen.txt", kitchen::text(1, 60_000).as_bytes());
+    let held = cli::file(temp.path(), "held.txt", kitchen::text(2, 8_000).as_bytes());
+    let mut evaluation = vec![format!("kitchen={held}")];
+    for name in ["prose", "math", "facts"] {
+        evaluation.push(format!("{name}={}/eval_{name}.txt", models.display()));
+    }
+    // Points that the share of visits gains: of the own domain, of the others in the mean.
+    let gains = |name: &str, penalty: &str| {
+        let folder = temp.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let path = tiny(&models, &folder).display().to_string();
+        let mut args = vec!["finetune", &path, "--expert", "code", "--data", &data, "--json"];
+        args.extend(["--window", "128", "--batch-tokens", "1024", "--steps", "40", "--apply"]);
+        args.extend(["--hold-out", "0", "--learning-rate", "0.01", "--keep", "0"]);
+        args.extend(["--train-router", "--router-penalty", penalty, "--eval-tokens", "2048"]);
+        args.push("--eval");
+        args.extend(evaluation.iter().map(String::as_str));
+        let run = cli::run(&args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stderr.is_empty() || run.stderr.contains("--keep 30"), "{}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        let gain = |domain: usize| {
+            let visits = &report["domains"][domain]["visits"];
+            visits[1].as_f64().unwrap() - visits[0].as_f64().unwrap()
+        };
+        assert!(report["warnings"].to_string().contains("`--keep 30` holds them"), "{report}");
+        let others = (gain(1) + gain(2) + gain(3)) / 3.0;
+        println!("penalty {penalty}: own {:+.3}, others {others:+.3}", gain(0));
+        (gain(0), others)
+    };
+    let ((own, others), (free, drawn)) = (gains("held", "100"), gains("free", "0"));
+    assert!(others < 0.5 * drawn, "{others} {drawn}");
+    assert!(own > 0.8 * free && own > 0.1, "{own} {free}");
+}

@@ -4,14 +4,15 @@ mod change;
 #[allow(dead_code)]
 mod cli;
 mod common;
+mod disk;
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use change::{Tensors, dense, moe, pairs, tensors, text, with};
+use disk::Tmpfs;
 use moe_merge_checkpoint::generation;
 use moe_merge_merge::families::Layout;
 use serde_json::json;
@@ -127,30 +128,6 @@ fn a_killed_drop_leaves_configuration_and_weights_that_agree() {
     killed(temp, &folder, &|path| owned(&["drop", path, "--expert", "0", "--no-forecast"]), &new);
 }
 
-/// A small file system in memory, mounted while it lives.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(at: &Path, bytes: u64) -> Option<Self> {
-        std::fs::create_dir_all(at).unwrap();
-        let options = format!("size={bytes}");
-        let done =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).output();
-        if done.is_ok_and(|o| o.status.success()) {
-            return Some(Self(at.to_owned()));
-        }
-        let _ =
-            writeln!(std::io::stderr(), "SKIPPED: no tmpfs can be mounted, nothing was checked");
-        None
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_disk_leaves_the_old_model() {
     let temp = tempfile::tempdir().unwrap();
@@ -165,7 +142,10 @@ fn a_full_disk_leaves_the_old_model() {
     for (i, room) in [0, 100_000, 800_000, 1_600_000, 1_750_000, 4_000_000].into_iter().enumerate()
     {
         let disk = temp.path().join(format!("disk{i}"));
-        let Some(_mounted) = Tmpfs::mount(&disk, size + 20 * 4096 + room) else { return };
+        let Some(_mounted) = Tmpfs::mount(&disk, &format!("size={}", size + 20 * 4096 + room))
+        else {
+            return;
+        };
         let target = disk.join("moe");
         copy(&folder, &target);
         let path = text(&target);

@@ -11,6 +11,10 @@ use rayon::prelude::*;
 use crate::error::CheckpointError;
 use crate::map::MappedFile;
 
+mod updated;
+
+pub use updated::{Update, Updated};
+
 /// A shared weight.
 pub type WeightRef = Arc<dyn Weight>;
 
@@ -48,6 +52,12 @@ pub trait Weight: Debug + Send + Sync {
     /// As [`Weight::read_rows`].
     fn prepare(&self) -> Result<(), CheckpointError> {
         Ok(())
+    }
+
+    /// Whether [`Weight::prepare`] may be called on a thread of the pool: it keeps to that thread, and holds nothing that
+    /// other weights wait for. Then several weights are prepared at once.
+    fn prepares_alone(&self) -> bool {
+        true
     }
 
     /// Tells that it will not be read again soon, so that its pages may leave memory.
@@ -300,6 +310,11 @@ impl Weight for RowSlice {
         self.inner.prepare()
     }
 
+    fn prepares_alone(&self) -> bool {
+        // Slices of one weight wait for each other.
+        false
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -351,6 +366,10 @@ impl Weight for Retyped {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
+    }
+
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
     }
 
     fn release(&self) {
@@ -414,6 +433,10 @@ impl Weight for PermutedRows {
         self.inner.prepare()
     }
 
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -475,6 +498,10 @@ impl Weight for Stacked {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.parts.iter().try_for_each(|p| p.prepare())
+    }
+
+    fn prepares_alone(&self) -> bool {
+        self.parts.iter().all(|p| p.prepares_alone())
     }
 
     fn release(&self) {

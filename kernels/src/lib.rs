@@ -26,6 +26,7 @@ pub mod dense;
 pub mod dispatch;
 mod dispatch_backward;
 mod eigen;
+pub mod elementwise;
 mod env;
 mod error;
 mod exec;
@@ -63,11 +64,11 @@ pub use exec::{Accuracy, Batching, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
 pub use linear_backward::{linear_backward, linear_weight_backward};
 pub use lora::{
-    ExpertLora, LoraGradients, LoraPair, MoeLoraGradients, lora_linear, lora_linear_backward,
-    moe_backward_lora, moe_forward_lora,
+    Dropout, ExpertLora, LoraGradients, LoraPair, MoeLoraGradients, lora_linear,
+    lora_linear_backward, moe_backward_lora, moe_forward_lora,
 };
 pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
-pub use routing::{Precision, RouterSpec, Routing, Score, route};
+pub use routing::{Precision, RouterSpec, Routing, Score, route, route_always};
 pub use routing_backward::route_backward;
 pub use view::MatView;

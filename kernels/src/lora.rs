@@ -17,13 +17,17 @@ use crate::transpose::transpose;
 use crate::turned;
 use crate::view::MatView;
 
+mod dropout;
+
+pub use dropout::Dropout;
+
 /// Rows of one task. Fixed, so that the split (and with it every bit of the result) does not depend on the number of threads.
 const ROWS: usize = 96;
 
 /// Multiply-adds below which handing work to other threads costs more than it gains.
 const ALONE_BELOW: usize = 1 << 20;
 
-/// A pair of factors beside a weight `[out, in]`: `y = w x + scale b (a x)`.
+/// A pair of factors beside a weight `[out, in]`: `y = w x + scale b (a x)`, or `a dropout(x)` in it.
 ///
 /// # Source
 /// Hu et al., LoRA (2021), section 4.1; `scale` is their `alpha / r`.
@@ -37,6 +41,8 @@ pub struct LoraPair<'a> {
     pub rank: usize,
     /// Factor on the product.
     pub scale: f32,
+    /// What is left out of the input of `a`, in training.
+    pub dropout: Option<Dropout>,
 }
 
 impl LoraPair<'_> {
@@ -64,6 +70,11 @@ pub struct ExpertLora<'a> {
 impl<'a> ExpertLora<'a> {
     pub(crate) fn pairs(&self) -> [Option<LoraPair<'a>>; 3] {
         [self.gate, self.up, self.down]
+    }
+
+    /// Whether something is left out of the input of a factor.
+    pub(crate) fn drops(&self) -> bool {
+        self.pairs().into_iter().flatten().any(|pair| pair.dropout.is_some())
     }
 
     /// Whether the expert exists and the pairs fit it.
@@ -237,7 +248,8 @@ pub fn lora_linear(
     linear(x, w, bias, out, exec)?;
     let (rows, cols, rank, isa) = (w.rows(), w.cols(), pair.rank, exec.isa);
     let tokens = x.len().checked_div(cols).unwrap_or(0);
-    let low = low(x, tokens, pair, cols, isa);
+    let dropped = pair.dropout.map(|d| d.of(x, cols));
+    let low = low(dropped.as_deref().unwrap_or(x), tokens, pair, cols, isa);
     let mut b = Scratch::new(rank * rows); // [rank, out]
     transpose(isa, (rows, rank), (pair.b, rank), (&mut b, rows));
     let parts = Parts::new(out);
@@ -251,7 +263,7 @@ pub fn lora_linear(
     Ok(())
 }
 
-/// `scale a x`, `[tokens, rank]`.
+/// `scale a x` of an input from which has been left out what is, `[tokens, rank]`.
 fn low(x: &[f32], tokens: usize, pair: &LoraPair<'_>, cols: usize, isa: Isa) -> Scratch {
     let rank = pair.rank;
     let mut a = Scratch::new(cols * rank); // [in, rank]
@@ -272,7 +284,7 @@ fn low(x: &[f32], tokens: usize, pair: &LoraPair<'_>, cols: usize, isa: Isa) -> 
 /// Gradients of [`lora_linear`] with respect to its pair and, where wanted, its input.
 ///
 /// `d_b = sum_t dy[t] (scale a x[t])ᵀ`, `d_a = sum_t (scale bᵀ dy[t]) x[t]ᵀ`, `dx[t] = wᵀ dy[t] + aᵀ (scale bᵀ dy[t])`,
-/// tokens from the first to the last.
+/// tokens from the first to the last; what dropout leaves out of `x` here has neither part in `d_a` nor a gradient by `a`.
 ///
 /// * `x`, `dx` (overwritten): `[tokens, in]`; `dy`: `[tokens, out]`; f32 sums; the same bits for any number of threads
 ///
@@ -309,11 +321,19 @@ pub fn lora_linear_backward(
             let (from, to) = (index * ROWS, tokens.min((index + 1) * ROWS));
             // SAFETY: the rows of this task.
             let dx = unsafe { parts.range(from * cols, (to - from) * cols) };
-            let left = Left::rows(&back[from * rank..], rank);
-            product(isa, (to - from, rank, cols), left, (pair.a, cols), (dx, cols), Into::Add);
+            let (left, sizes) = (Left::rows(&back[from * rank..], rank), (to - from, rank, cols));
+            let Some(dropout) = pair.dropout else {
+                return product(isa, sizes, left, (pair.a, cols), (dx, cols), Into::Add);
+            };
+            let mut own = Scratch::new(dx.len());
+            product(isa, sizes, left, (pair.a, cols), (&mut own, cols), Into::Overwrite);
+            dropout.apply(from * cols, &mut own);
+            dx.iter_mut().zip(&*own).for_each(|(d, o)| *d += o);
         });
     }
     // Tokens are summed for some columns of x, and for some of dy, at a time.
+    let dropped = pair.dropout.map(|d| d.of(x, cols));
+    let x = dropped.as_deref().unwrap_or(x);
     let low = low(x, tokens, pair, cols, isa);
     let mut turned = Scratch::new(cols * rank); // [in, rank]
     outer(isa, (x, cols), (&back, rank), tokens, shared(cols), &mut turned);

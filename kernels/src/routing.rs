@@ -160,6 +160,29 @@ pub fn route(
     Ok(routing)
 }
 
+/// As [`route`], but `expert` is among the chosen of every token: where it is not by itself, it takes the place of the last
+/// one. Weights are as ever those of the chosen.
+///
+/// # Errors
+/// As [`route`]; [`KernelError::Length`] if there is no such expert.
+pub fn route_always(
+    logits: &[f32],
+    tokens: usize,
+    experts: usize,
+    bias: Option<&[f32]>,
+    spec: &RouterSpec,
+    expert: usize,
+) -> Result<Routing, KernelError> {
+    let mut bias = bias.map_or_else(|| vec![0.0; experts], <[f32]>::to_vec);
+    let Some(own) = bias.get_mut(expert) else {
+        let what = "experts, with the one that is always chosen";
+        return Err(KernelError::Length { what, expected: expert + 1, found: experts });
+    };
+    // Above any score, with or without a bias; and finite, as a score has to be.
+    *own = f32::MAX / 4.0;
+    route(logits, tokens, experts, Some(&bias), spec)
+}
+
 /// To the nearest bf16, ties to even.
 fn round_to_bf16(values: &mut [f32]) {
     values.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
@@ -230,6 +253,29 @@ mod tests {
         let routing = route(&logits, 1, 3, Some(&bias), &spec).unwrap();
         assert_eq!(routing.ids, [1]);
         assert!((routing.weights[0] - 0.2).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_expert_that_is_always_chosen_has_the_weight_it_would_have() {
+        let logits = [1f32.ln(), 3f32.ln(), 4f32.ln()];
+        let always = |expert, bias: Option<&[f32]>, spec: &RouterSpec| {
+            let found = route_always(&logits, 1, 3, bias, spec, expert).unwrap();
+            let weights = found.weights.iter().map(|w| (w * 1e5).round() / 1e5).collect::<Vec<_>>();
+            (found.ids, weights)
+        };
+        let spec = RouterSpec::softmax(2);
+        // Among the two best by itself: as ever; not among them: with the best one.
+        assert_eq!(always(1, None, &spec), (vec![1, 2], vec![0.42857, 0.57143]));
+        assert_eq!(always(0, None, &spec), (vec![0, 2], vec![0.2, 0.8]));
+        assert_eq!(always(0, Some(&[0.0, 1.0, 0.0]), &spec), (vec![0, 1], vec![0.25, 0.75]));
+        let plain = RouterSpec { renormalise: false, ..spec };
+        assert_eq!(always(0, None, &plain), (vec![0, 2], vec![0.125, 0.5]));
+        let grouped = RouterSpec { groups: Some((3, 1)), ..RouterSpec::softmax(1) };
+        assert_eq!(always(0, None, &grouped).0, [0]);
+        assert!(matches!(
+            route_always(&logits, 1, 3, None, &spec, 3),
+            Err(KernelError::Length { expected: 4, found: 3, .. })
+        ));
     }
 
     #[test]

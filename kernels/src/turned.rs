@@ -9,7 +9,7 @@ use crate::error::KernelError;
 use crate::exec::Exec;
 use crate::linear::linear;
 use crate::linear_backward::linear_backward;
-use crate::lora::{LoraGradients, LoraPair, lora_linear, lora_linear_backward};
+use crate::lora::{ExpertLora, LoraGradients, LoraPair, lora_linear, lora_linear_backward};
 use crate::panel::Form;
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
@@ -198,8 +198,12 @@ fn slope(a: &[f32], h: &[f32], g: &[f32], u: &[f32], weight: f32, block: &Block<
 }
 
 impl Block<'_> {
-    /// Whether its products are made so: bf16 experts, and enough tokens for each.
+    /// Whether its products are made so, matrix by matrix: bf16 experts, and enough tokens for each; or dropout, which needs
+    /// all columns of an input at once.
     pub fn turned(&self) -> bool {
+        if self.lora.is_some_and(ExpertLora::drops) {
+            return true;
+        }
         let experts = self.experts.len().max(1);
         let tokens = self.routing.ids.len() / experts;
         let fits = |e: &ExpertView<'_>| {
@@ -254,7 +258,6 @@ fn none(pair: LoraPair<'_>) -> LoraGradients {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lora::ExpertLora;
     use crate::{
         Activation, Isa, RouterSpec, cast, moe_backward, moe_backward_lora, moe_forward_lora, route,
     };
@@ -334,7 +337,7 @@ mod tests {
         let d_out = numbers(tokens * hidden, 6);
         let (a, b) = (numbers(2 * hidden, 7), numbers(inter * 2, 8));
         let (down_a, down_b) = (numbers(2 * inter, 10), numbers(hidden * 2, 11));
-        let pair = |a, b| Some(LoraPair { a, b, rank: 2, scale: 0.1 });
+        let pair = |a, b| Some(LoraPair { a, b, rank: 2, scale: 0.1, dropout: None });
         let lora =
             ExpertLora { expert: 1, gate: pair(&a, &b), up: None, down: pair(&down_a, &down_b) };
         let silu = Activation::Silu;

@@ -155,6 +155,10 @@ impl Weight for Adjusted {
         self.inner.prepare()
     }
 
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
+    }
+
     fn release(&self) {
         self.inner.release();
     }
@@ -215,6 +219,10 @@ impl Weight for SideBySide {
         self.parts.iter().try_for_each(|p| p.prepare())
     }
 
+    fn prepares_alone(&self) -> bool {
+        self.parts.iter().all(|p| p.prepares_alone())
+    }
+
     fn release(&self) {
         self.parts.iter().for_each(|p| p.release());
     }
@@ -260,6 +268,10 @@ impl Weight for Rounded {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
+    }
+
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
     }
 
     fn release(&self) {

@@ -114,7 +114,8 @@ impl Prompts {
             let cutting =
                 if whole { Cutting::Whole } else { Cutting::Budget(budget.saturating_sub(used)) };
             let made = encoder.pieces(&files.collect::<Vec<_>>(), cutting)?;
-            notes.extend(made.note(&format!("expert `{}`", expert.label()), budget));
+            let whose = format!("expert `{}`", expert.label());
+            notes.extend(made.note(&whose, (budget, "prompt_tokens")));
             positive.extend(made.tokens);
             Ok(TokenPrompts { positive, negative })
         };

@@ -14,7 +14,7 @@ use moe_merge_router::{ESTIMATORS, Estimator};
 use serde::Serialize;
 
 use crate::align::{AlignReport, Survival};
-use crate::build::{BuildOptions, Observer, Prepared, RecipeText, Stage};
+use crate::build::{BuildOptions, Jointly, Observer, Prepared, RecipeText, Stage};
 use crate::error::MergeError;
 pub use crate::evaluate::POSITION_GROUPS;
 use crate::evaluate::{Cut, Score, Scorer};
@@ -309,6 +309,8 @@ struct Comparison<'a> {
     align: Option<AlignReport>,
     /// Sources of the recipe's experts with fitted MLPs.
     fitted: Vec<Option<Source>>,
+    /// What is to be done with them once there are routers.
+    jointly: Option<Jointly>,
     models: Vec<(String, Vec<f64>)>,
     /// Prompts with what the experts wrote: written once for all rows that need the same.
     texts: BTreeMap<String, (Vec<TokenPrompts>, usize)>,
@@ -391,7 +393,8 @@ impl<'a> Comparison<'a> {
             oracle,
             plain_oracle,
             align,
-            fitted: prepared.fitted().to_vec(),
+            fitted: prepared.fitted().0.to_vec(),
+            jointly: prepared.fitted().1.cloned(),
             models,
             texts: BTreeMap::new(),
             notes: prepared.all_notes(),
@@ -416,7 +419,8 @@ impl<'a> Comparison<'a> {
         let recipe = build.recipe(self.recipe);
         let mut prepared = Prepared::new(&recipe, self.text, build_options(self.interrupt))?;
         if !self.fitted.is_empty() {
-            prepared.take_aligned(build.set.iter().map(|&e| self.fitted[e].clone()).collect())?;
+            let sources = build.set.iter().map(|&e| self.fitted[e].clone()).collect();
+            prepared.take_aligned(sources, self.jointly.as_ref().map(|j| j.of(&build.set)))?;
         }
         let key = build.text_key();
         let known = key.as_ref().and_then(|key| self.texts.get(key)).cloned();
@@ -425,7 +429,8 @@ impl<'a> Comparison<'a> {
             prepared.take_texts(texts);
             self_text_tokens = written;
         }
-        let (routers, written) = prepared.routers(observer)?;
+        let (mut routers, written) = prepared.routers(observer)?;
+        prepared.join(&mut routers, None, observer)?;
         self_text_tokens += written;
         if let (Some(key), 1..) = (key, written) {
             self.texts.insert(key, (prepared.texts().to_vec(), written));
@@ -522,6 +527,7 @@ fn recovered(base: f64, oracle: f64, router: f64) -> Option<f64> {
 fn build_options(interrupt: &Interrupt) -> BuildOptions {
     BuildOptions {
         out: None,
+        unfinished: Default::default(),
         replace: Replace::Never,
         layout: Layout::Hub,
         interrupt: interrupt.clone(),

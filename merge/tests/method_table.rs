@@ -5,18 +5,20 @@ use moe_merge_merge::recipe::{self, json_schema};
 use moe_merge_testkit::repository;
 
 #[test]
-fn the_page_is_up_to_date() {
-    let path = repository("docs/methods.md");
-    let expected = page();
+fn the_pages_are_up_to_date() {
+    for (name, expected) in [("docs/methods.md", page()), ("docs/recipe.md", recipe::page())] {
+        up_to_date(name, &expected);
+    }
+}
+
+fn up_to_date(name: &str, expected: &str) {
+    let path = repository(name);
     if std::env::var_os("UPDATE_DOCS").is_some() {
         fs_err::create_dir_all(path.parent().unwrap()).unwrap();
-        fs_err::write(&path, &expected).unwrap();
+        fs_err::write(&path, expected).unwrap();
     }
     let found = fs_err::read_to_string(&path).unwrap_or_default();
-    assert!(
-        found == expected,
-        "docs/methods.md is out of date; UPDATE_DOCS=1 cargo test writes it"
-    );
+    assert!(found == expected, "{name} is out of date; UPDATE_DOCS=1 cargo test writes it");
 }
 
 #[test]

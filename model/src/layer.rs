@@ -12,7 +12,7 @@ use moe_merge_checkpoint::weight::RowSlice;
 use moe_merge_kernels::cuda::{Block, CudaError, CudaMoe};
 use moe_merge_kernels::{
     Accuracy, Activation, AttentionSpec, Batching, Exec, KernelError, RopeSpec, RopeTable,
-    RouterSpec, Routing, route,
+    RouterSpec, Routing, route, route_always,
 };
 
 use crate::cache::LayerCache;
@@ -122,6 +122,8 @@ pub(crate) enum Past<'a> {
 pub(crate) enum Gating<'a> {
     /// The layer's own router.
     Stored,
+    /// The layer's own router, which chooses this expert for every token.
+    Always(usize),
     /// Another router.
     Weights(OtherRouter<'a>),
     /// Nobody: every token has its expert, with the weight that a router gives to an expert it is certain of.
@@ -470,10 +472,11 @@ impl Layer {
             return Ok(Fed { out, routing: Some(routing), logits, routed: Some(routed) });
         }
         let (routing, weights, logits) = match gating {
-            Gating::Stored => self.routed(moe, router.forward(x)?, spec.router)?,
+            Gating::Stored => self.routed(moe, router.forward(x)?, spec.router, None)?,
+            Gating::Always(e) => self.routed(moe, router.forward(x)?, spec.router, Some(e))?,
             Gating::Weights(OtherRouter { weights, top_k, .. }) => {
                 let rule = RouterSpec { top_k, ..spec.router };
-                self.routed(moe, apply2(x, weights, RouterLogits)?, rule)?
+                self.routed(moe, apply2(x, weights, RouterLogits)?, rule, None)?
             }
             Gating::Forced(ids) => forced(ids, spec.router.scale)?,
             Gating::Given(routing) => given(routing.clone())?,
@@ -520,11 +523,21 @@ impl Layer {
         Ok(Some((routing, logits, out)))
     }
 
-    /// The experts that `logits` choose, and the weights through which gradients reach the logits.
-    fn routed(&self, moe: &Moe, logits: Tensor, rule: RouterSpec) -> Result<Choice, ModelError> {
+    /// The experts that `logits` choose, one of them `always`, and the weights through which gradients reach the logits.
+    fn routed(
+        &self,
+        moe: &Moe,
+        logits: Tensor,
+        rule: RouterSpec,
+        always: Option<usize>,
+    ) -> Result<Choice, ModelError> {
         let (tokens, experts) = logits.dims2()?;
-        let routing = route(&to_vec(&logits)?, tokens, experts, moe.bias.as_deref(), &rule)
-            .map_err(|source| ModelError::Router { layer: self.index, source })?;
+        let (values, bias) = (to_vec(&logits)?, moe.bias.as_deref());
+        let routing = match always {
+            None => route(&values, tokens, experts, bias, &rule),
+            Some(expert) => route_always(&values, tokens, experts, bias, &rule, expert),
+        };
+        let routing = routing.map_err(|source| ModelError::Router { layer: self.index, source })?;
         let routing = Arc::new(routing);
         let weights = apply1(&logits, SlotWeights { routing: routing.clone(), spec: rule })?;
         Ok((routing, weights, Some(logits)))

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
-use moe_merge_kernels::{Activation, Exec, ExpertLora, LoraGradients, LoraPair, Routing};
+use moe_merge_kernels::{Activation, Dropout, Exec, ExpertLora, LoraGradients, LoraPair, Routing};
 
 use crate::error::ModelError;
 use crate::ops::{Expert, Experts, FrozenLinear, refused, tensor_like, to_vec, values};
@@ -22,6 +22,8 @@ pub struct LoraFactors {
     pub b: Tensor,
     /// Factor on their product; `alpha / rank`.
     pub scale: f32,
+    /// What is left out of the input of `a`, in training.
+    pub dropout: Option<Dropout>,
 }
 
 /// Trained factors of one expert of a layer.
@@ -81,9 +83,8 @@ pub fn lora_experts(
 impl FrozenLinear {
     /// The layer with factors beside it.
     pub(crate) fn with_lora(self, x: &Tensor, factors: &LoraFactors) -> Result<Tensor> {
-        let LoraFactors { a, b, scale } = factors;
-        let (a, b) = (a.contiguous()?, b.contiguous()?);
-        let op = LoraLinear { linear: self, scale: *scale };
+        let (a, b) = (factors.a.contiguous()?, factors.b.contiguous()?);
+        let op = LoraLinear { linear: self, scale: factors.scale, dropout: factors.dropout };
         if x.track_op() || a.track_op() || b.track_op() {
             return x.apply_op3(&a, &b, op);
         }
@@ -95,6 +96,7 @@ impl FrozenLinear {
 struct LoraLinear {
     linear: FrozenLinear,
     scale: f32,
+    dropout: Option<Dropout>,
 }
 
 impl CustomOp3 for LoraLinear {
@@ -114,7 +116,7 @@ impl CustomOp3 for LoraLinear {
         let (x, w) = (values(x, x_layout)?, self.linear.view()?);
         let (tokens, rank) = (x_layout.shape().dims2()?.0, a_layout.shape().dims2()?.0);
         let (a, b) = (values(a, a_layout)?, values(b, b_layout)?);
-        let pair = LoraPair { a, b, rank, scale: self.scale };
+        let pair = LoraPair { a, b, rank, scale: self.scale, dropout: self.dropout };
         let mut out = vec![0.0; tokens * w.rows()];
         let (bias, exec) = (self.linear.bias.as_deref(), &self.linear.exec);
         kernels::lora_linear(x, w, bias, &pair, &mut out, exec).map_err(refused)?;
@@ -131,8 +133,8 @@ impl CustomOp3 for LoraLinear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (inputs, dy, w) = (to_vec(x)?, to_vec(grad)?, self.linear.view()?);
         let (a_values, b_values) = (to_vec(a)?, to_vec(b)?);
-        let (rank, scale) = (a.dim(0)?, self.scale);
-        let pair = LoraPair { a: &a_values, b: &b_values, rank, scale };
+        let (rank, scale, dropout) = (a.dim(0)?, self.scale, self.dropout);
+        let pair = LoraPair { a: &a_values, b: &b_values, rank, scale, dropout };
         let mut dx = x.track_op().then(|| vec![0.0; inputs.len()]);
         let exec = &self.linear.exec;
         let found = kernels::lora_linear_backward(&inputs, w, &pair, &dy, dx.as_deref_mut(), exec)
@@ -164,7 +166,8 @@ impl Experts {
         };
         let size = |pair: &LoraFactors| -> Result<Packed> {
             let ((rank, input), out) = (pair.a.dims2()?, pair.b.dim(0)?);
-            Ok(Packed { rank, a: rank * input, b: out * rank, scale: pair.scale })
+            let (scale, dropout) = (pair.scale, pair.dropout);
+            Ok(Packed { rank, a: rank * input, b: out * rank, scale, dropout })
         };
         let mut pairs = [None; 3];
         for (pair, factors) in pairs.iter_mut().zip(all) {
@@ -186,6 +189,7 @@ struct Packed {
     a: usize,
     b: usize,
     scale: f32,
+    dropout: Option<Dropout>,
 }
 
 /// [`Experts`] with factors: `x [tokens, hidden]`, slot weights `[tokens, top_k]`, all factors one after another.
@@ -203,10 +207,10 @@ impl LoraExperts {
         }
         let mut rest = packed;
         let [gate, up, down] = self.pairs.map(|pair| {
-            let Packed { rank, a, b, scale } = pair?;
+            let Packed { rank, a, b, scale, dropout } = pair?;
             let (own, others) = rest.split_at(a + b);
             rest = others;
-            Some(LoraPair { a: &own[..a], b: &own[a..], rank, scale })
+            Some(LoraPair { a: &own[..a], b: &own[a..], rank, scale, dropout })
         });
         Ok(ExpertLora { expert: self.expert, gate, up, down })
     }
@@ -319,8 +323,12 @@ mod tests {
         let (x, a, b) = (variable((5, 6), 1), variable((2, 6), 2), variable((4, 2), 3));
         let d = variable((5, 4), 4).as_detached_tensor();
         let w = weight(4, 6, 5);
-        let factors =
-            LoraFactors { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scale: 0.5 };
+        let factors = LoraFactors {
+            a: a.as_tensor().clone(),
+            b: b.as_tensor().clone(),
+            scale: 0.5,
+            dropout: None,
+        };
         let exec = Exec::default();
         let bias: Arc<[f32]> = numbers(4, 6).into();
         let run = || lora_linear(&x, &w, Some(bias.clone()), &factors, &exec).unwrap();
@@ -352,7 +360,7 @@ mod tests {
             [pair(inter, hidden, 2, 20), pair(inter, hidden, 1, 22), pair(hidden, inter, 3, 24)];
         let [gate, up, down] = pairs.each_ref().map(|(a, b)| {
             let (a, b) = (a.as_tensor().clone(), b.as_tensor().clone());
-            Some(LoraFactors { a, b, scale: 0.5 })
+            Some(LoraFactors { a, b, scale: 0.5, dropout: None })
         });
         let factors = ExpertFactors { expert: routing.ids[0] as usize, gate, up, down };
         let run_with = |factors: &ExpertFactors, weights: &[f32]| {

@@ -22,8 +22,11 @@ pub enum Target {
 pub enum Route {
     /// Those that the router sends there
     Natural,
-    /// All tokens of the data: no other expert takes part
+    /// All tokens of the data, with weight 1: no other expert takes part
     Forced,
+    /// All tokens of the data, with the router's weights: where the router does not choose the expert, it takes the place of
+    /// the last one chosen
+    Always,
 }
 
 /// How a gradient becomes a step.
@@ -98,9 +101,14 @@ pub struct FinetuneArgs {
     /// The expert, by name or number (of a MoE; a dense model has none)
     #[arg(long, value_name = "NAME")]
     pub expert: Option<String>,
-    /// Text: `.jsonl` with `text`, `messages`, or `prompt` and `completion` in each line; any other file is plain text
+    /// Text: `.jsonl` or `.parquet` with `text`, `messages`, or `prompt` and `completion` in each line or row; any other file
+    /// is plain text
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     pub data: Vec<PathBuf>,
+    /// Learn what this model predicts on the data, not the data themselves: a folder, GGUF file or Hub name, also
+    /// `+ADAPTER`, with the model's vocabulary
+    #[arg(long, value_name = "SOURCE")]
+    pub teacher: Option<String>,
     /// Folder to write: a PEFT adapter
     #[arg(long, value_name = "DIR", required_unless_present = "apply")]
     pub out: Option<PathBuf>,
@@ -125,8 +133,11 @@ pub struct FinetuneArgs {
     /// Scale by ALPHA / √R instead
     #[arg(long)]
     pub rslora: bool,
+    /// Share of what enters A that each batch leaves out, in training alone
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub dropout: f64,
     /// Train the projections themselves, not factors of low rank
-    #[arg(long, conflicts_with_all = ["rank", "alpha", "rslora", "out"])]
+    #[arg(long, conflicts_with_all = ["rank", "alpha", "rslora", "dropout", "out"])]
     pub full: bool,
     /// Projections to train
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Target::Gate, Target::Up, Target::Down])]
@@ -140,6 +151,10 @@ pub struct FinetuneArgs {
     /// Train the expert's row of the router too, so that it draws the tokens of the data; `--keep` is 1 then
     #[arg(long, conflicts_with = "out")]
     pub train_router: bool,
+    /// Weight of the penalty on drawing tokens of other domains, on the prompts that the model was built with (or
+    /// `--keep-data`) [default: 100]
+    #[arg(long, value_name = "WEIGHT", requires = "train_router")]
+    pub router_penalty: Option<f64>,
     /// Rounds through the data
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "steps")]
     pub epochs: u64,

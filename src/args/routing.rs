@@ -141,8 +141,10 @@ pub struct CalibrateArgs {
 pub enum AlignMethod {
     /// Layer by layer
     Refit,
-    /// That, then all layers together, with gradients
+    /// That, then all layers of each expert together, with gradients
     Distil,
+    /// `refit`, then all experts and their routers together, with gradients
+    Joint,
 }
 
 /// Arguments of `align`.
@@ -159,12 +161,27 @@ pub struct AlignArgs {
     /// How experts are fitted
     #[arg(long, value_enum, default_value_t = AlignMethod::Refit)]
     pub method: AlignMethod,
-    /// Tokens that each teacher writes to fit its expert on
+    /// Tokens that each expert is fitted on: of `--data`, then of `--prompts`, then of what its teacher writes
     #[arg(long, value_name = "N", default_value_t = 16_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
-    /// Gradient steps of `distil`
+    /// Text of an expert, as `prompts_file` of a recipe takes it; may be given several times
+    #[arg(long, value_name = "EXPERT=FILE", value_parser = expert_file)]
+    pub data: Vec<(String, PathBuf)>,
+    /// Text of all experts, as `calibrate` takes it: labelled, or the recipe that the model was built with
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Teachers write no text of their own
+    #[arg(long)]
+    pub no_self_text: bool,
+    /// Gradient steps of `distil` and `joint` at most
     #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
+    /// `distil` and `joint` train factors of this rank, not the matrices themselves
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub rank: Option<u32>,
+    /// `distil` and `joint`: weight of the difference from the teacher's stream beside that from its predictions
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0)]
+    pub stream: f64,
     /// Seed of everything random
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
@@ -174,6 +191,25 @@ pub struct AlignArgs {
     /// Change a copy in this folder, not the model itself
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Folder that keeps experts that are fitted and where training is: a run that was stopped goes on from there
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Let the fitted experts wait beside the model until they are approved
+    #[arg(long, conflicts_with_all = ["out", "dry_run"])]
+    pub stage: bool,
+    /// Check everything, tell what would be done, write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `EXPERT=FILE`.
+fn expert_file(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((expert, file)) if !expert.is_empty() && !file.is_empty() => {
+            Ok((expert.to_owned(), file.into()))
+        }
+        _ => Err("expected EXPERT=FILE, for example `math=lessons.txt`".to_owned()),
+    }
 }
 
 /// `EXPERT=SOURCE`.

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use moe_merge_checkpoint::publish::Replace;
+use moe_merge_checkpoint::publish::{Replace, Unfinished};
 use moe_merge_merge::MergeError;
 use moe_merge_merge::align::{AlignReport, Survival};
 use moe_merge_merge::build::{
@@ -26,6 +26,7 @@ pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
     let options = BuildOptions {
         out: args.output().cloned(),
         replace: if args.force { Replace::Force } else { Replace::Never },
+        unfinished: if args.no_resume { Unfinished::Remove } else { Unfinished::TakeUp },
         layout: match args.layout {
             args::Layout::Hub => Layout::Hub,
             args::Layout::Fused => Layout::Fused,
@@ -250,7 +251,19 @@ pub(super) fn align_table(align: &AlignReport) -> String {
     });
     let mut text = format!("\nexperts fitted to the attention they get (`{}`)\n", align.method);
     text += &table(&columns, rows);
-    text += "  nats off: divergence from the dense model's predictions, for each token of text that it wrote itself, held out\n  survives: share of its gain over the base that is left\n";
+    text += "  nats off: divergence from the dense model's predictions, for each token of its text that was held out\n  survives: share of its gain over the base that is left\n";
+    if let Some(joint) = &align.joint {
+        let rows = joint
+            .experts
+            .iter()
+            .map(|e| (e.name.clone(), e.divergence.map(|nats| format!("{nats:.4}")).to_vec()));
+        text += &format!(
+            "\nexperts and routers together, {} steps, best after {}\n",
+            joint.steps, joint.best_step
+        );
+        text += &table(&["nats off", "trained"], rows);
+        text += "  nats off: the same for the whole mixture, behind its routers\n";
+    }
     text
 }
 

@@ -62,12 +62,15 @@ fn options(args: &FinetuneArgs) -> FinetuneOptions {
         route: match args.route {
             args::Route::Natural => Route::Natural,
             args::Route::Forced => Route::Forced,
+            args::Route::Always => Route::Always,
         },
+        teacher: args.teacher.clone(),
         window: args.window,
         exec: args.accuracy.exec(),
         keep: args.keep.unwrap_or(if args.train_router { 1.0 } else { 0.0 }),
         keep_data: args.keep_data.clone(),
         keep_text: args.keep_text,
+        router_penalty: args.router_penalty.unwrap_or(100.0),
         training: training(args),
         state: args.state.clone(),
         resume: args.resume,
@@ -98,6 +101,7 @@ fn training(args: &FinetuneArgs) -> Training {
         accumulate: args.accumulate,
         evaluate_every: args.evaluate_every,
         patience: args.patience,
+        dropout: args.dropout,
         seed: args.seed,
     }
 }
@@ -132,7 +136,7 @@ fn data_notes(report: &FinetuneReport) -> Vec<String> {
         let told = data.bad_lines.join("\n      ");
         let more = data.bad - data.bad_lines.len();
         let more = if more > 0 { format!("\n      and {more} more") } else { String::new() };
-        notes.push(format!("{} lines are no documents:\n      {told}{more}", data.bad));
+        notes.push(format!("{} lines or rows are no documents:\n      {told}{more}", data.bad));
     }
     for (number, what) in [
         (data.empty, "documents are empty"),
@@ -179,16 +183,26 @@ fn summary(report: &FinetuneReport) -> String {
     if !report.domains.is_empty() {
         let rows = report.domains.iter().map(|d| {
             let change = 100.0 * (d.after / d.before - 1.0);
-            let cells = [
+            let mut cells = vec![
                 count(d.tokens),
                 format!("{:.3}", d.before),
                 format!("{:.3}", d.after),
                 format!("{change:+.2} %"),
             ];
-            (d.name.clone(), cells.to_vec())
+            let share = |[before, after]: [f64; 2]| {
+                format!("{:.1} % -> {:.1} %", 100.0 * before, 100.0 * after)
+            };
+            if report.expert.is_some() {
+                cells.push(d.visits.map_or("-".into(), share));
+            }
+            (d.name.clone(), cells)
         });
+        let mut heads = vec!["tokens", "before", "after", "change"];
+        if report.expert.is_some() {
+            heads.push("visit the expert");
+        }
         text += "\nperplexity of each domain\n";
-        text += &table(&["tokens", "before", "after", "change"], rows);
+        text += &table(&heads, rows);
     }
     text
 }

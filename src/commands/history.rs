@@ -58,8 +58,10 @@ fn line(entry: &Entry, live: Option<u32>) -> String {
         text += &format!(" to {to}");
     }
     let detail = |key: &str| l.details[key].as_str();
-    if let (Some(name), Some(with)) = (detail("name"), detail("with")) {
-        text += &format!(" {name} with {with}");
+    match (detail("name"), detail("with")) {
+        (Some(name), Some(with)) => text += &format!(" {name} with {with}"),
+        (Some(name), None) => text += &format!(" {name}"),
+        _ => {}
     }
     let written: u64 = l.added.iter().map(|f| f.size).sum();
     if written > 0 && entry.same_as.is_none() {

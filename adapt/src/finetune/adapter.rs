@@ -41,6 +41,8 @@ pub struct Adapter<'a> {
     pub base: &'a str,
     /// Its layout.
     pub packing: Packing,
+    /// With how much dropout it was trained.
+    pub dropout: f64,
 }
 
 /// A matrix `[rows, cols]`.
@@ -220,6 +222,8 @@ impl Adapter<'_> {
     }
 
     fn config(&self, rank: usize, modules: Value, parameters: Value) -> Value {
+        // PEFT has no dropout in front of parameters, and refuses a configuration with some; loading needs none.
+        let dropout = if parameters.is_null() { self.dropout } else { 0.0 };
         // Ranks are filled up with zeros to the largest one; the scale stays what it was.
         let alpha = f64::from(self.factors.scale) * rank as f64;
         let alpha = match alpha.fract() == 0.0 {
@@ -234,7 +238,7 @@ impl Adapter<'_> {
             "inference_mode": true,
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": 0.0,
+            "lora_dropout": dropout,
             "use_rslora": false,
             "use_dora": false,
             "bias": "none",

@@ -73,6 +73,15 @@ pub fn shuffled(mut items: Vec<usize>, seed: u64, stream: u64) -> Vec<usize> {
     items
 }
 
+/// A number that seed, round and batch fix.
+pub fn random_key(seed: u64, round: u64, batch: usize) -> u64 {
+    let mut random = ChaCha12Rng::seed_from_u64(seed);
+    random.set_stream(round);
+    // Behind all that an order takes of this stream.
+    random.set_word_pos((1 << 40) + 2 * batch as u128);
+    random.next_u64()
+}
+
 /// Documents `0..count` to train on, and a share of them that is held out: at least one where there are two.
 pub fn hold_out(count: usize, share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     let order = shuffled((0..count).collect(), seed, u64::MAX);
@@ -112,5 +121,8 @@ mod tests {
         assert_eq!(hold_out(40, 0.05, 7), (train, held));
         assert_eq!(hold_out(3, 0.0, 0).1.len(), 0);
         assert_ne!(shuffled((0..9).collect(), 1, 0), shuffled((0..9).collect(), 1, 1));
+        let keys =
+            [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)].map(|(s, r, b)| random_key(s, r, b));
+        assert!((1..4).all(|i| !keys[i..].contains(&keys[i - 1])), "{keys:?}");
     }
 }

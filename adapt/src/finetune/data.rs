@@ -6,11 +6,12 @@
 //! | file | documents |
 //! |---|---|
 //! | `.jsonl` | one a line, with `text`, `messages`, or `prompt` and perhaps `completion`; lines that are none are counted |
+//! | `.parquet` | one a row, in columns of these names; unpacked into a temporary file, where any row can be read again |
 //! | `.json` | the same in a list, at most 256 MiB |
 //! | any other | text, in segments of some windows that end at a blank line where there is one |
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use moe_merge_model::expert_training::Lesson;
 use serde::Serialize;
 
 use super::error::FinetuneError;
+use super::parquet::Table;
 
 /// The longest line of a `.jsonl` file that is read, in bytes.
 const LONGEST_LINE: u64 = 64 << 20;
@@ -46,7 +48,7 @@ struct Place {
 
 #[derive(Debug, Clone, Copy)]
 enum Spot {
-    /// Bytes of the file.
+    /// Bytes of the file, or of what it was unpacked into.
     Bytes(u64, u32),
     /// A document of a `.json` file, in memory.
     Held(u32),
@@ -61,7 +63,7 @@ pub struct DataReport {
     pub tokens: u64,
     /// Documents without any text.
     pub empty: usize,
-    /// Lines that are no documents.
+    /// Lines and rows that are no documents.
     pub bad: usize,
     /// The first of them, with the reason.
     pub bad_lines: Vec<String>,
@@ -112,7 +114,7 @@ impl<'a> Corpus<'a> {
             match extension.to_str() {
                 Some("jsonl") => corpus.index_lines(interrupt)?,
                 Some("json") => corpus.index_held(path)?,
-                Some("parquet") => return Err(parquet(path)),
+                Some("parquet") => corpus.index_rows(interrupt)?,
                 _ => corpus.index_text(interrupt)?,
             }
         }
@@ -289,20 +291,58 @@ impl<'a> Corpus<'a> {
                 continue;
             }
             let at = at + (bytes.len() - text.len()) as u64;
-            let spot = Spot::Bytes(at, text.len() as u32);
-            match json_line(&path, line, text) {
-                Ok(None) => self.report.empty += 1,
-                Err(e) => self.bad(line, &reason(&e)),
-                Ok(Some(document)) => match self.note(&document, line, spot) {
-                    Ok(()) => {}
-                    // A conversation that the template refuses is a bad line; a model without template is not.
-                    Err(MergeError::Documents(e)) if e.hint.is_none() => {
-                        self.bad(line, &reason(&e));
-                    }
-                    Err(other) => return Err(other.into()),
-                },
-            }
+            self.take_line(&path, line, text, Spot::Bytes(at, text.len() as u32))?;
         }
+    }
+
+    /// Takes a line of JSON up, or notes that it is no document.
+    fn take_line(
+        &mut self,
+        path: &Arc<Path>,
+        line: usize,
+        text: &str,
+        spot: Spot,
+    ) -> Result<(), FinetuneError> {
+        match json_line(path, line, text) {
+            Ok(None) => self.report.empty += 1,
+            Err(e) => self.bad(line, &reason(&e)),
+            Ok(Some(document)) => match self.note(&document, line, spot) {
+                Ok(()) => {}
+                // A conversation that the template refuses is a bad line; a model without template is not.
+                Err(MergeError::Documents(e)) if e.hint.is_none() => self.bad(line, &reason(&e)),
+                Err(other) => return Err(other.into()),
+            },
+        }
+        Ok(())
+    }
+
+    /// Unpacks the rows of a Parquet file as lines of JSON, and takes them up.
+    fn index_rows(&mut self, interrupt: &Interrupt) -> Result<(), FinetuneError> {
+        let folder = std::env::temp_dir();
+        let failed = |e| CheckpointError::io("unpacking Parquet data into", &folder, e);
+        let unpacked = tempfile::tempfile().map_err(failed)?;
+        let Some((path, file)) = self.files.pop() else { return Ok(()) };
+        let mut writer = BufWriter::new(unpacked.try_clone().map_err(failed)?);
+        self.files.push((path.clone(), unpacked));
+        let mut offset = 0;
+        Table::open(&path, file)?.rows(&mut |row, text| {
+            interrupt.check()?;
+            let text = match text {
+                Ok(text) if text.len() as u64 > LONGEST_LINE => Err("longer than 64 MiB"),
+                other => other,
+            };
+            match text {
+                Err(why) => self.bad(row, why),
+                Ok(text) => {
+                    writer.write_all(text.as_bytes()).map_err(failed)?;
+                    self.take_line(&path, row, &text, Spot::Bytes(offset, text.len() as u32))?;
+                    offset += text.len() as u64;
+                }
+            }
+            Ok(())
+        })?;
+        writer.flush().map_err(failed)?;
+        Ok(())
     }
 
     fn index_text(&mut self, interrupt: &Interrupt) -> Result<(), FinetuneError> {
@@ -367,18 +407,10 @@ impl<'a> Corpus<'a> {
     }
 }
 
+/// Whether each document is a line of JSON.
 fn is_lines(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl"))
-}
-
-fn parquet(path: &Path) -> FinetuneError {
-    MergeError::from(CheckpointError::Unsupported {
-        what: "Parquet files cannot be read".into(),
-        file: path.to_owned(),
-        hint: "write it as JSON lines: `pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)`"
-            .into(),
-    })
-    .into()
+    let extension = path.extension().unwrap_or_default();
+    ["jsonl", "parquet"].iter().any(|e| extension.eq_ignore_ascii_case(e))
 }
 
 fn reason(error: &DocumentError) -> String {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::data::Corpus;
 use super::error::FinetuneError;
-use super::train::mean_loss;
+use super::train::look;
 
 /// Name of the recipe that a build leaves in the model's folder.
 const RECIPE: &str = "moe-merge.yaml";
@@ -42,6 +42,27 @@ pub struct DomainReport {
     pub before: f64,
     /// With the trained factors.
     pub after: f64,
+    /// Share of the tokens that visit the expert before and after, mean over layers; none in a dense model.
+    pub visits: Option<[f64; 2]>,
+}
+
+/// A rise of perplexity, as a share of it, from which on a domain has suffered.
+const SUFFERED: f64 = 0.01;
+
+/// What to do about domains of other experts whose perplexity rose by more than 1 %, where there are any.
+pub fn suffered(domains: &[DomainReport], expert: &str, keep: f64) -> Option<String> {
+    let rise = |d: &DomainReport| d.after / d.before - 1.0;
+    let worse = domains.iter().filter(|d| d.name != expert && rise(d) > SUFFERED);
+    let told: Vec<String> =
+        worse.map(|d| format!("`{}` by {:.1} %", d.name, 100.0 * rise(d))).collect();
+    let what = match keep > 0.0 {
+        true => format!(
+            "a larger `--keep` than {keep}, more `--keep-text`, or text of theirs (`--keep-data FILE...`) holds them"
+        ),
+        false => "`--keep 30` holds them".into(),
+    };
+    let rose = format!("the perplexity of other domains rose: {}", told.join(", "));
+    (!told.is_empty()).then(|| format!("{rose}: {what}"))
 }
 
 /// Text of files, the first `tokens` of each.
@@ -168,7 +189,8 @@ pub fn stored(
     (of_texts(texts, lead, tokens), note)
 }
 
-/// Perplexity of each domain with the model as it is and with factors on top, routed as its routers say.
+/// Perplexity of each domain with the model as it is and with factors on top, routed as its routers say, and how much of it
+/// visits the expert.
 ///
 /// # Errors
 /// [`FinetuneError`].
@@ -183,19 +205,44 @@ pub fn compare(
         return Ok(Vec::new());
     }
     let model = Trainee::open(source, expert, Route::Natural)?;
-    let perplexity = |factors, domain: &Domain| {
-        let goal = Goal::NextToken;
-        mean_loss(&model, factors, &domain.batches, &goal, interrupt).map(f64::exp)
-    };
+    let goal = Goal::NextToken;
     domains
         .iter()
         .map(|domain| {
+            let before = look(&model, None, &domain.batches, &goal, interrupt)?;
+            let after = look(&model, Some(factors), &domain.batches, &goal, interrupt)?;
             Ok(DomainReport {
                 name: domain.name.clone(),
-                tokens: domain.batches.iter().flatten().map(Lesson::scored).sum(),
-                before: perplexity(None, domain)?,
-                after: perplexity(Some(factors), domain)?,
+                tokens: domain.lessons().map(Lesson::scored).sum(),
+                before: before.loss.exp(),
+                after: after.loss.exp(),
+                visits: before.visits.zip(after.visits).map(|(b, a)| [b, a]),
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_domains_that_suffered_are_named() {
+        let domain = |name: &str, after| DomainReport {
+            name: name.into(),
+            tokens: 9,
+            before: 10.0,
+            after,
+            visits: None,
+        };
+        let domains =
+            [domain("own", 20.0), domain("a", 10.05), domain("b", 10.5), domain("c", 8.0)];
+        let told = suffered(&domains, "own", 0.0).unwrap();
+        assert_eq!(
+            told,
+            "the perplexity of other domains rose: `b` by 5.0 %: `--keep 30` holds them"
+        );
+        assert!(suffered(&domains, "own", 30.0).unwrap().contains("a larger `--keep` than 30"));
+        assert!(suffered(&domains[..2], "own", 0.0).is_none());
+    }
 }

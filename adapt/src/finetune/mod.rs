@@ -23,31 +23,27 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use moe_merge_checkpoint::generation::{Change, NewTensors, commit};
 use moe_merge_checkpoint::manifest::Manifest;
-use moe_merge_checkpoint::publish::{Replace, Staging};
-use moe_merge_checkpoint::write::Watch;
 use moe_merge_checkpoint::{CheckpointError, Source, SourceRef};
 use moe_merge_kernels::Accuracy;
 use moe_merge_merge::documents::{Encoder, expert_names};
-use moe_merge_merge::expert_texts;
-use moe_merge_merge::gates::TokenPrompts;
 use moe_merge_model::Spec;
 use moe_merge_model::expert_training::{FactorKind, FactorPlan, Goal, Lesson, Route, Trainee};
 use serde::Serialize;
 use serde_json::{Value, json};
-
-use crate::moe::Moe;
-use crate::proposal::propose;
 
 mod adapter;
 mod batches;
 mod data;
 mod domains;
 mod error;
+mod known;
 mod options;
+mod output;
+mod parquet;
 mod record;
 mod state;
+mod teacher;
 mod train;
 mod trained;
 
@@ -60,13 +56,8 @@ pub use options::{FinetuneOptions, Output, Update};
 pub use state::{EvaluationRecord, StepRecord};
 pub use train::{Progress, Stopped, Training, Watcher};
 
-use adapter::Adapter;
 use data::Corpus;
-use domains::Domain;
 use train::{Kept, Run};
-
-/// Tokens of each domain on which a model is to stay as it was.
-const KEPT: usize = 20_000;
 
 /// Nobody watches.
 pub struct Silent;
@@ -93,14 +84,6 @@ pub struct Finetune {
     options: FinetuneOptions,
     /// The generation that was read.
     generation: u32,
-}
-
-/// Where the result goes, ready for it.
-enum Place {
-    Adapter(Staging, Packing),
-    Model(Option<String>),
-    /// Beside the model, where it waits.
-    Beside(Option<String>),
 }
 
 /// What a fine-tuning did.
@@ -208,6 +191,7 @@ impl Finetune {
         let (documents, held_out) = self.split(&corpus, &encoder)?;
         let (route, exec) = (self.options.route, self.options.exec);
         let trainee = Trainee::open_with(&self.source, self.number(), route, exec)?;
+        let teacher = self.teacher()?;
         let begun = self.begun(&corpus)?;
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
             train::fresh(file)?;
@@ -220,12 +204,14 @@ impl Finetune {
             return Err(self.nothing_to_train());
         }
         let (model, batches) = self.kept(&encoder)?;
+        let penalty = self.penalty(&encoder, &trainee, &state.factors)?;
         let keep = self.options.keep;
         let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
         let mut run = Run {
             trainee: &trainee,
-            goal: Goal::NextToken,
+            goal: teacher.as_ref().map_or(Goal::NextToken, Goal::Teacher),
             kept,
+            penalty,
             corpus: &corpus,
             documents,
             held_out,
@@ -241,8 +227,11 @@ impl Finetune {
         let (domains, note) = self.domains(&encoder, &run.state.best)?;
         watcher.stage("writing");
         let mut report = self.report(&run.state, stopped, &corpus);
+        let expert = self.expert();
+        let suffered = expert.and_then(|name| domains::suffered(&domains, name, self.options.keep));
         report.domains = domains;
-        report.warnings.extend(note);
+        report.warnings.extend(suffered);
+        report.warnings.extend(note.into_iter().chain(log.note()));
         if let Some(plot) = &self.options.plot {
             record::plot(plot, &run.state)?;
         }
@@ -252,24 +241,6 @@ impl Finetune {
         }
         report.seconds = clock.elapsed().as_secs_f64();
         Ok(report)
-    }
-
-    fn place(&self, output: &Output) -> Result<Place, FinetuneError> {
-        match output {
-            Output::Adapter { dir, packing } => {
-                let full = self.options.update == Update::Full;
-                adapter::check(full, &self.options.parts, &self.source.path)?;
-                Ok(Place::Adapter(Staging::new(dir, Replace::Never)?, *packing))
-            }
-            Output::Apply { message } if self.changeable() => Ok(Place::Model(message.clone())),
-            Output::Stage { message } if self.changeable() => Ok(Place::Beside(message.clone())),
-            _ => Err(FinetuneError::NotAFolder { found: self.path.clone() }),
-        }
-    }
-
-    /// Whether the model is a folder of its own.
-    fn changeable(&self) -> bool {
-        self.source.path.is_dir() && !self.adapted
     }
 
     /// Where the state is kept: as said, else beside the adapter.
@@ -284,6 +255,13 @@ impl Finetune {
             Output::Apply { .. } | Output::Stage { .. } => None,
         };
         self.options.state.clone().or_else(beside)
+    }
+
+    /// The model whose predictions are learnt, if one is named.
+    fn teacher(&self) -> Result<Option<Trainee>, FinetuneError> {
+        let o = &self.options;
+        let open = |path| teacher::open(path, (&self.source, &self.spec), self.window, o.exec);
+        o.teacher.as_deref().map(open).transpose()
     }
 
     /// Documents to train on, and batches of text that is not.
@@ -309,55 +287,6 @@ impl Finetune {
         Ok((train, domains::batched(lessons, self.options.training.batch_tokens)))
     }
 
-    /// The model as it was, and text on which it is to stay so.
-    fn kept(
-        &self,
-        encoder: &Encoder<'_>,
-    ) -> Result<(Option<Trainee>, Vec<Vec<Lesson>>), FinetuneError> {
-        if self.options.keep == 0.0 {
-            return Ok((None, Vec::new()));
-        }
-        let o = &self.options;
-        let known = match o.keep_data.is_empty() {
-            true => self.remembered(encoder)?,
-            false => {
-                let named = o.keep_data.iter().map(|f| (f.display().to_string(), f.clone()));
-                let files: Vec<_> = named.collect();
-                domains::from_files(&files, encoder, self.window, KEPT, &o.interrupt)?
-            }
-        };
-        if known.is_empty() {
-            return Err(FinetuneError::Option {
-                name: "--keep",
-                expected: "text of the domains that the model knows".into(),
-                found: "no prompts in the model's folder, and no expert that can write some".into(),
-                hint: Some("name files with `--keep-data FILE...`".into()),
-            });
-        }
-        let batches = domains::mixed(&known, (o.training.batch_tokens / 2).max(2));
-        let model = Trainee::open_with(&self.source, self.number(), Route::Natural, o.exec)?;
-        Ok((Some(model), batches))
-    }
-
-    /// The prompts that the MoE was built with, and what its experts write themselves.
-    fn remembered(&self, encoder: &Encoder<'_>) -> Result<Vec<Domain>, FinetuneError> {
-        let o = &self.options;
-        let (stored, _) = domains::prompts(&self.source.path, encoder, &self.names, KEPT);
-        let lead = usize::from(encoder.tokenizer().bos().is_some());
-        let mut texts: Vec<(String, Vec<Vec<u32>>)> =
-            stored.iter().map(|(name, p)| (name.clone(), p.positive.clone())).collect();
-        let prompts: Vec<TokenPrompts> = stored.into_iter().map(|(_, p)| p).collect();
-        if o.keep_text > 0 {
-            let (tokenizer, amount) = (encoder.tokenizer(), (o.keep_text, o.training.seed));
-            let written = expert_texts(&self.source, &prompts, tokenizer, amount, &o.interrupt)?;
-            texts.resize(self.names.len(), Default::default());
-            for ((_, known), more) in texts.iter_mut().zip(written.unwrap_or_default()) {
-                known.extend(more);
-            }
-        }
-        Ok(domains::of_texts(texts, lead, KEPT))
-    }
-
     /// What has to stay the same when a run goes on.
     fn begun(&self, corpus: &Corpus<'_>) -> Result<Value, FinetuneError> {
         Ok(json!({
@@ -366,9 +295,11 @@ impl Finetune {
             "parts": self.options.parts,
             "layers": [self.plan.layers.start, self.plan.layers.end],
             "route": self.options.route,
+            "teacher": self.options.teacher,
             "keep": self.options.keep,
             "keep_data": self.options.keep_data,
             "keep_text": self.options.keep_text,
+            "router_penalty": self.options.router_penalty,
             "fast": self.options.exec.accuracy == Accuracy::Fast,
             "window": self.window,
             "training": self.options.training,
@@ -386,23 +317,6 @@ impl Finetune {
             found: format!("{}..{}", self.plan.layers.start, self.plan.layers.end),
             hint: None,
         }
-    }
-
-    fn domains(
-        &self,
-        encoder: &Encoder<'_>,
-        factors: &moe_merge_model::expert_training::Factors,
-    ) -> Result<(Vec<DomainReport>, Option<String>), FinetuneError> {
-        let interrupt = &self.options.interrupt;
-        let tokens = self.options.evaluation_tokens;
-        let (domains, note) = match self.options.evaluation.is_empty() {
-            true => domains::stored(&self.source.path, encoder, &self.names, tokens),
-            false => {
-                let files = &self.options.evaluation;
-                (domains::from_files(files, encoder, self.window, tokens, interrupt)?, None)
-            }
-        };
-        Ok((domains::compare(&self.source, self.number(), factors, &domains, interrupt)?, note))
     }
 
     fn report(
@@ -449,100 +363,6 @@ impl Finetune {
             warnings,
         }
     }
-
-    fn write(
-        &self,
-        place: Place,
-        state: &state::State,
-        report: &mut FinetuneReport,
-    ) -> Result<(), FinetuneError> {
-        let watch = Watch { interrupt: &self.options.interrupt, progress: &|_| {} };
-        match place {
-            Place::Adapter(staging, packing) => {
-                let adapter = Adapter {
-                    spec: &self.spec,
-                    expert: self.number(),
-                    factors: &state.best,
-                    base: &self.path,
-                    packing,
-                };
-                adapter.write(staging.path(), watch)?;
-                report.bytes_written = folder_bytes(staging.path())?;
-                report.output = staging.publish()?;
-            }
-            Place::Model(message) => {
-                let change = self.change(message.as_deref(), state, report)?;
-                let made = commit(&self.source.path, &change, watch)?;
-                report.output = self.source.path.clone();
-                report.generation = Some(made.number);
-                report.bytes_written = made.bytes_written;
-                report.warnings.extend(made.notes);
-            }
-            Place::Beside(message) => {
-                let change = self.change(message.as_deref(), state, report)?;
-                let moe = Moe::open(&self.path)?;
-                let made = propose(&moe, &change, watch.interrupt, watch.progress)?;
-                report.output = self.source.path.clone();
-                report.staged = Some(made.generation);
-                report.bytes_written = made.bytes_written;
-                report.warnings.extend(made.warnings);
-            }
-        }
-        Ok(())
-    }
-
-    /// The change of the model that was learnt.
-    fn change<'c>(
-        &self,
-        message: Option<&'c str>,
-        state: &state::State,
-        report: &FinetuneReport,
-    ) -> Result<Change<'c>, FinetuneError> {
-        let expert = self.number();
-        let tensors = trained::tensors(&self.source, &self.spec, expert, &state.best)?;
-        let role = expert.map_or("mlp".into(), |e| format!("expert-{e:02}"));
-        let (routers, own) = trained::routers_apart(&self.spec, tensors);
-        let mut files = vec![NewTensors { role, tensors: own }];
-        if !routers.is_empty() {
-            files.push(NewTensors { role: "router".into(), tensors: routers });
-        }
-        Ok(Change {
-            action: "finetune",
-            message,
-            tensors: files,
-            details: self.details(report)?,
-            parent: Some(self.generation),
-            ..Change::default()
-        })
-    }
-
-    /// What the journal keeps.
-    fn details(&self, report: &FinetuneReport) -> Result<Value, FinetuneError> {
-        Ok(json!({
-            "expert": self.number(),
-            "name": self.expert(),
-            "layers": report.layers,
-            "update": self.options.update,
-            "parts": self.options.parts,
-            "route": self.options.route,
-            "training": self.options.training,
-            "steps": report.steps,
-            "best_step": report.best_step,
-            "tokens": report.tokens,
-            "loss": report.loss,
-            "validation": report.validation,
-            "domains": report.domains,
-        }))
-    }
-}
-
-fn folder_bytes(folder: &Path) -> Result<u64, CheckpointError> {
-    let failed = |e| CheckpointError::io("listing", folder, e);
-    let mut sum = 0;
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        sum += entry.and_then(|e| e.metadata()).map_err(failed)?.len();
-    }
-    Ok(sum)
 }
 
 /// Number and name of the expert that a person means: names first, then numbers.

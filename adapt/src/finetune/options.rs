@@ -89,6 +89,8 @@ pub struct FinetuneOptions {
     pub layers: Option<Range<usize>>,
     /// Which tokens visit the expert in training.
     pub route: Route,
+    /// The model whose predictions are learnt on the data; without one, the tokens of the data themselves.
+    pub teacher: Option<String>,
     /// Tokens of a sequence at most; 512 or the context, if that is shorter.
     pub window: Option<usize>,
     /// How activations and gradients enter products with 16-bit weights in training.
@@ -99,6 +101,9 @@ pub struct FinetuneOptions {
     pub keep_data: Vec<PathBuf>,
     /// Tokens that each expert writes for it, about.
     pub keep_text: usize,
+    /// Weight of what keeps a trained row of a router from drawing tokens of other domains
+    /// ([`moe_merge_model::expert_training::Drawn::add`]); 0: nothing does.
+    pub router_penalty: f64,
     /// How it is learnt.
     pub training: Training,
     /// Where the state is kept; without it beside the adapter.
@@ -127,11 +132,13 @@ impl Default for FinetuneOptions {
             parts: Part::ALL.into(),
             layers: None,
             route: Route::Natural,
+            teacher: None,
             window: None,
             exec: Exec::fast(),
             keep: 0.0,
             keep_data: Vec::new(),
             keep_text: 5000,
+            router_penalty: 100.0,
             training: Training::default(),
             state: None,
             resume: false,
@@ -150,7 +157,8 @@ impl FinetuneOptions {
     pub(super) fn check(&self) -> Result<(), FinetuneError> {
         let t = &self.training;
         let finite = |v: f64| v.is_finite() && v >= 0.0;
-        let checks: [(&'static str, bool, &str, String); 10] = [
+        let low_rank = self.update != Update::Full;
+        let checks: [(&'static str, bool, &str, String); 13] = [
             ("--data", !self.data.is_empty(), "at least one file", "none".into()),
             ("--targets", !self.parts.is_empty(), "one of gate, up, down", "none".into()),
             (
@@ -159,7 +167,20 @@ impl FinetuneOptions {
                 "more than 0",
                 t.learning_rate.to_string(),
             ),
+            ("--dropout", (0.0..1.0).contains(&t.dropout), "0 to below 1", t.dropout.to_string()),
+            (
+                "--dropout",
+                t.dropout == 0.0 || low_rank,
+                "factors of low rank to train: no `--full`",
+                t.dropout.to_string(),
+            ),
             ("--keep", finite(self.keep), "0 or more", self.keep.to_string()),
+            (
+                "--router-penalty",
+                finite(self.router_penalty),
+                "0 or more",
+                self.router_penalty.to_string(),
+            ),
             ("--clip", finite(t.clip), "0 or more", t.clip.to_string()),
             ("--batch-tokens", t.batch_tokens > 1, "at least 2", t.batch_tokens.to_string()),
             ("--accumulate", t.accumulate > 0, "at least 1", t.accumulate.to_string()),
@@ -187,9 +208,10 @@ impl FinetuneOptions {
                 return Err(option(name, expected, found));
             }
         }
-        if self.parts.contains(&Part::Router) && self.route == Route::Forced {
+        if self.parts.contains(&Part::Router) && self.route != Route::Natural {
             let expected = "`--route natural`, where the router is asked";
-            return Err(option("--train-router", expected, "`--route forced`".into()));
+            let found = format!("`--route {}`", self.route.name());
+            return Err(option("--train-router", expected, found));
         }
         match self.update {
             Update::LowRank { rank, .. } if rank == 0 || rank > 4096 => {

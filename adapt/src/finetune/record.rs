@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use moe_merge_checkpoint::CheckpointError;
+use moe_merge_checkpoint::{CheckpointError, Explain};
 use serde_json::{Value, json};
 
 use super::state::{EvaluationRecord, State, StepRecord};
@@ -40,7 +40,16 @@ impl Log {
         let Some((path, file)) = &mut self.file else { return };
         if let Err(e) = writeln!(file, "{value}").and_then(|()| file.flush()) {
             self.failed = Some(CheckpointError::io("writing", path, e));
+            self.file = None;
         }
+    }
+
+    /// Why it ends before the training does, if it does: a log is no reason to lose what was learnt.
+    pub fn note(&self) -> Option<String> {
+        let failed = self.failed.as_ref()?;
+        let fields = failed.fields().into_iter().map(|(key, value)| format!("{key} {value}"));
+        let fields = fields.collect::<Vec<_>>().join(", ");
+        Some(format!("the log is not whole: {failed} ({fields})"))
     }
 }
 

@@ -237,7 +237,7 @@ impl State {
             best.insert(at, read("best")?);
         }
         let scale = record.scale;
-        let mut state = Self::new(Factors { scale, pairs: factors }, record.begun);
+        let mut state = Self::new(Factors { scale, pairs: factors, dropout: None }, record.begun);
         for (kind, moments) in [("first", &mut state.first), ("second", &mut state.second)] {
             for (at, pair) in moments {
                 for (i, own) in pair.iter_mut().enumerate() {
@@ -245,7 +245,7 @@ impl State {
                 }
             }
         }
-        state.best = Factors { scale, pairs: best };
+        state.best = Factors { scale, pairs: best, dropout: None };
         (state.step, state.round, state.batch) = (record.step, record.round, record.batch);
         (state.best_step, state.steps) = (record.best_step, record.steps);
         state.evaluations = record.evaluations;
@@ -289,7 +289,8 @@ mod tests {
             b: vec![1.0 / 3.0, f32::MAX, 0.0],
             trained: TrainedFactors::Both,
         };
-        let factors = Factors { scale: 2.0, pairs: [((4, Part::Down), pair)].into() };
+        let factors =
+            Factors { scale: 2.0, pairs: [((4, Part::Down), pair)].into(), dropout: None };
         let mut state = State::new(factors, json!({"seed": 3, "steps": 9}));
         state.note(1.0 / 3.0);
         state.step = 7;

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use moe_merge_checkpoint::{CheckpointError, Interrupt};
 use moe_merge_model::expert_training::optimise::{self, Optimiser, Schedule};
 use moe_merge_model::expert_training::{
-    FactorGradients, Factors, Goal, GradientError, Lesson, Trainee,
+    Drawn, Dropout, FactorGradients, Factors, Goal, GradientError, Lesson, Trainee,
 };
 use serde::Serialize;
 
-use super::batches::{Round, shuffled};
+use super::batches::{Round, random_key, shuffled};
 use super::data::Corpus;
 use super::error::FinetuneError;
 use super::state::{EvaluationRecord, State, StepRecord};
@@ -40,6 +40,8 @@ pub struct Training {
     pub evaluate_every: u64,
     /// Looks without a smaller loss after which training stops; 0: never.
     pub patience: u64,
+    /// Share of the inputs of `A` that each batch leaves out (low rank alone); 0: none.
+    pub dropout: f64,
     /// Seed of everything random.
     pub seed: u64,
 }
@@ -58,6 +60,7 @@ impl Default for Training {
             accumulate: 1,
             evaluate_every: 0,
             patience: 0,
+            dropout: 0.0,
             seed: 0,
         }
     }
@@ -108,11 +111,20 @@ pub struct Kept<'a> {
     pub weight: f64,
 }
 
+/// What keeps a router from drawing tokens of other domains.
+pub struct Penalty {
+    /// What its routers saw and said of them.
+    pub drawn: Drawn,
+    /// Weight of [`Drawn::add`].
+    pub weight: f64,
+}
+
 /// A run and what it needs.
 pub struct Run<'a> {
     pub trainee: &'a Trainee,
     pub goal: Goal<'a>,
     pub kept: Option<Kept<'a>>,
+    pub penalty: Option<Penalty>,
     pub corpus: &'a Corpus<'a>,
     /// Documents to train on.
     pub documents: Vec<usize>,
@@ -209,15 +221,15 @@ impl Run<'_> {
         let weight = 1.0 / scored.max(1) as f32;
         let (mut gradients, mut nats, mut tokens) = (FactorGradients::new(), 0.0, 0);
         let (mut visits, mut seen) = (0, 0);
-        for batch in &batches {
+        for (number, batch) in (from..).zip(&batches) {
             let lessons: Vec<&Lesson> = batch.iter().collect();
             let interrupt = self.interrupt;
-            let found = self
-                .trainee
-                .gradient(&self.state.factors, &lessons, &self.goal, weight, &mut || {
-                    interrupt.check().is_err()
-                })
-                .map_err(|e| self.failed(e))?;
+            let stop = &mut || interrupt.check().is_err();
+            self.state.factors.dropout = self.dropout(number);
+            let found =
+                self.trainee.gradient(&self.state.factors, &lessons, &self.goal, weight, stop);
+            self.state.factors.dropout = None;
+            let found = found.map_err(|e| self.failed(e))?;
             nats += found.nats;
             tokens += found.tokens;
             visits += found.visits.values().sum::<usize>();
@@ -225,6 +237,9 @@ impl Run<'_> {
             optimise::accumulate(&mut gradients, found.factors);
         }
         self.keep(&mut gradients)?;
+        if let Some(Penalty { drawn, weight }) = &self.penalty {
+            drawn.add(&self.state.factors, *weight, &mut gradients);
+        }
         let norm = optimise::norm(&gradients);
         if !norm.is_finite() {
             let what = "the gradient".into();
@@ -259,6 +274,13 @@ impl Run<'_> {
         Ok(record)
     }
 
+    /// What a batch of this round leaves out.
+    fn dropout(&self, batch: usize) -> Option<Dropout> {
+        let share = self.options.dropout as f32;
+        let key = || random_key(self.options.seed, self.state.round, batch);
+        (share > 0.0).then(|| Dropout { share, key: key() })
+    }
+
     /// Adds what pulls the model back to what it said before.
     fn keep(&self, gradients: &mut FactorGradients) -> Result<(), FinetuneError> {
         let Some(Kept { model, batches, weight }) = &self.kept else { return Ok(()) };
@@ -287,9 +309,8 @@ impl Run<'_> {
     /// The loss on held-out text with the factors now.
     fn evaluate(&mut self) -> Result<(), FinetuneError> {
         let factors = &self.state.factors;
-        let found =
-            mean_loss(self.trainee, Some(factors), &self.held_out, &self.goal, self.interrupt);
-        let loss = found.map_err(|e| self.failed(e))?;
+        let found = look(self.trainee, Some(factors), &self.held_out, &self.goal, self.interrupt);
+        let loss = found.map_err(|e| self.failed(e))?.loss;
         if !loss.is_finite() {
             let what = "the loss on held-out text".into();
             return Err(self.failed(GradientError::NotFinite { what }));
@@ -299,25 +320,36 @@ impl Run<'_> {
     }
 }
 
-/// Mean loss of the tokens that count, in nats.
+/// What a model makes of some text.
+pub struct Look {
+    /// Mean loss of the tokens that count, in nats.
+    pub loss: f64,
+    /// Share of the tokens that visit the expert, mean over layers; none without experts.
+    pub visits: Option<f64>,
+}
+
+/// Looks at some text.
 ///
 /// # Errors
 /// [`GradientError`].
-pub fn mean_loss(
+pub fn look(
     trainee: &Trainee,
     factors: Option<&Factors>,
     batches: &[Vec<Lesson>],
     goal: &Goal<'_>,
     interrupt: &Interrupt,
-) -> Result<f64, GradientError> {
-    let (mut sum, mut count) = (0.0, 0);
+) -> Result<Look, GradientError> {
+    let (mut sum, mut count, mut visits, mut chances) = (0.0, 0, 0, 0);
     for batch in batches {
         let lessons: Vec<&Lesson> = batch.iter().collect();
-        let nats = trainee.losses(factors, &lessons, goal, &mut || interrupt.check().is_err())?;
-        sum += nats.iter().sum::<f64>();
-        count += nats.len();
+        let found = trainee.losses(factors, &lessons, goal, &mut || interrupt.check().is_err())?;
+        sum += found.nats.iter().sum::<f64>();
+        count += found.nats.len();
+        visits += found.visits.values().sum::<usize>();
+        chances += found.visits.len() * found.tokens;
     }
-    Ok(sum / count.max(1) as f64)
+    let visits = (chances > 0).then(|| visits as f64 / chances as f64);
+    Ok(Look { loss: sum / count.max(1) as f64, visits })
 }
 
 /// The state that `path` keeps, for messages.

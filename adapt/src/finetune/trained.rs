@@ -1,41 +1,43 @@
 //! Weights with trained factors on top, computed when they are read.
 
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use moe_merge_checkpoint::weight::Weight;
-use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
+use moe_merge_checkpoint::weight::{Update, Updated};
+use moe_merge_checkpoint::{CheckpointError, Source, WeightRef};
 use moe_merge_model::Spec;
 use moe_merge_model::expert_training::{FactorPair, Factors, Part, TrainedFactors};
 use moe_merge_model::spec::{ExpertNames, Mlp};
 
-/// `w + scale b a`, in f32; rounded once by whoever stores it.
+/// `scale b a` of a pair.
 #[derive(Debug)]
-struct Trained {
-    base: WeightRef,
-    /// Row of the base that the update begins at.
-    from: usize,
+struct Product {
     pair: FactorPair,
     scale: f32,
 }
 
-impl Trained {
-    /// Adds the update of row `row` of the pair to `out`.
-    fn add(&self, row: usize, out: &mut [f32]) {
+impl Update for Product {
+    fn shape(&self) -> [usize; 2] {
+        [self.pair.output, self.pair.input]
+    }
+
+    fn add(&self, rows: Range<usize>, out: &mut [f32]) {
         let FactorPair { rank, input, a, b, trained, .. } = &self.pair;
-        match trained {
-            // One factor is the identity.
-            TrainedFactors::A if *rank > 1 => {
-                add(self.scale, &a[row * input..(row + 1) * input], out)
-            }
-            TrainedFactors::B => add(self.scale, &b[row * rank..(row + 1) * rank], out),
-            TrainedFactors::A | TrainedFactors::Both => {
-                let mut sum = vec![0.0; *input];
-                for (b, a) in b[row * rank..(row + 1) * rank].iter().zip(a.chunks_exact(*input)) {
-                    add(*b, a, &mut sum);
+        for (row, out) in rows.zip(out.chunks_exact_mut((*input).max(1))) {
+            match trained {
+                // One factor is the identity.
+                TrainedFactors::A if *rank > 1 => {
+                    add(self.scale, &a[row * input..(row + 1) * input], out);
                 }
-                add(self.scale, &sum, out);
+                TrainedFactors::B => add(self.scale, &b[row * rank..(row + 1) * rank], out),
+                TrainedFactors::A | TrainedFactors::Both => {
+                    let mut sum = vec![0.0; *input];
+                    let b = &b[row * rank..(row + 1) * rank];
+                    for (b, a) in b.iter().zip(a.chunks_exact(*input)) {
+                        add(*b, a, &mut sum);
+                    }
+                    add(self.scale, &sum, out);
+                }
             }
         }
     }
@@ -43,39 +45,6 @@ impl Trained {
 
 fn add(factor: f32, from: &[f32], to: &mut [f32]) {
     to.iter_mut().zip(from).for_each(|(t, f)| *t += factor * f);
-}
-
-impl Weight for Trained {
-    fn shape(&self) -> &[usize] {
-        self.base.shape()
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.base.dtype()
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
-    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.base.read_rows(rows.clone(), out)?;
-        let cols = self.base.cols().max(1);
-        for (row, out) in rows.zip(out.chunks_exact_mut(cols)) {
-            if row >= self.from && row < self.from + self.pair.output {
-                self.add(row - self.from, out);
-            }
-        }
-        Ok(())
-    }
-
-    fn origin(&self) -> (PathBuf, String) {
-        self.base.origin()
-    }
-
-    fn release(&self) {
-        self.base.release();
-    }
 }
 
 /// The tensors that the factors change, under their names in `source`, with their new values.
@@ -101,7 +70,7 @@ pub fn tensors(
         };
         let base = found[at].1.clone();
         let (pair, scale) = (pair.clone(), factors.scale);
-        found[at].1 = Arc::new(Trained { base, from, pair, scale });
+        found[at].1 = Arc::new(Updated::new(base, from, Product { pair, scale }));
     }
     Ok(found)
 }
@@ -150,7 +119,8 @@ fn place(
 
 #[cfg(test)]
 mod tests {
-    use moe_merge_checkpoint::weight::OwnedWeight;
+    use moe_merge_checkpoint::Dtype;
+    use moe_merge_checkpoint::weight::{OwnedWeight, Weight};
 
     use super::*;
 
@@ -166,8 +136,17 @@ mod tests {
             b: b.to_vec(),
             trained,
         };
-        let read =
-            |pair: FactorPair| Trained { base: base.clone(), from: 1, pair, scale: 0.5 }.into_f32();
+        let read = |pair: FactorPair| {
+            let updated = Updated::new(base.clone(), 1, Product { pair, scale: 0.5 });
+            let whole = (&updated as &dyn Weight).to_f32().unwrap();
+            // Any rows alone are the same.
+            let mut row = [0.0; 2];
+            for (i, wanted) in whole.chunks_exact(2).enumerate() {
+                updated.read_rows(i..i + 1, &mut row).unwrap();
+                assert_eq!(row, wanted);
+            }
+            whole
+        };
         let low = pair(1, &[2.0, 4.0], &[1.0, -1.0], TrainedFactors::Both);
         assert_eq!(read(low), [1.0, 1.0, 3.0, 4.0, 2.0, 1.0]);
         let identity = [1.0, 0.0, 0.0, 1.0];
@@ -175,12 +154,5 @@ mod tests {
         let wanted = [1.0, 1.0, 3.0, 2.0, 3.0, 5.0];
         assert_eq!(read(pair(2, &any, &identity, TrainedFactors::A)), wanted);
         assert_eq!(read(pair(2, &identity, &any, TrainedFactors::B)), wanted);
-    }
-
-    impl Trained {
-        fn into_f32(self) -> Vec<f32> {
-            let weight: WeightRef = Arc::new(self);
-            weight.to_f32().unwrap()
-        }
     }
 }

@@ -7,11 +7,11 @@
 use std::sync::Arc;
 
 use crate::error::CheckpointError;
-use crate::weight::{Weight, WeightRef};
+use crate::weight::{Update, Updated, Weight, WeightRef};
 
 use super::file::{Parts, Stored};
 use super::targets::Applied;
-use super::weight::{Added, Factor, LowRank};
+use super::weight::{Factor, LowRank};
 
 /// A packed parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -213,7 +213,7 @@ impl<'a> Applied<'a> {
                 if base.shape() != delta.shape() {
                     return Err(self.misfit(&packed.a.0, &delta.shape(), base.shape(), target));
                 }
-                let weight: WeightRef = Arc::new(Added { base, delta });
+                let weight: WeightRef = Arc::new(Updated::new(base, 0, delta));
                 self.source.tensors.insert(target.clone(), weight);
             }
         }

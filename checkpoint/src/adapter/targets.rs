@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use crate::error::CheckpointError;
 use crate::source::Source;
-use crate::weight::{OwnedWeight, Weight, WeightRef};
+use crate::weight::{OwnedWeight, Update, Updated, Weight, WeightRef};
 
 use super::config::{AdapterConfig, TokenIndices};
 use super::experts::Packed;
 use super::file::{AdapterFile, Full, Parts, Stored};
 use super::keys::spellings;
-use super::weight::{Added, Dora, Factor, LowRank, NormAxis, Recast, ReplacedRows};
+use super::weight::{Dora, Factor, LowRank, NormAxis, Recast, ReplacedRows};
 
 /// Families whose linear layers are stored `[in, out]`, and the names of these layers.
 const CONV1D_MODELS: &[&str] = &["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
@@ -360,7 +360,7 @@ impl<'a> Applied<'a> {
             return Ok(());
         }
         self.changes_tied_head(pair.target);
-        let sum = Added { base, delta };
+        let sum = Updated::new(base, 0, delta);
         let weight: WeightRef = match magnitude {
             Some(magnitude) => Arc::new(Dora::new(sum, magnitude, axis)),
             None => Arc::new(sum),

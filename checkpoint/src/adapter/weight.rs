@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use moe_merge_kernels::{Dtype, cast};
 
 use crate::error::CheckpointError;
-use crate::weight::{MappedWeight, Weight, WeightRef};
+use crate::weight::{MappedWeight, Update, Updated, Weight, WeightRef};
 
 /// A matrix `[rows, cols]` inside a stored tensor, by strides: a LoRA factor, its transpose, the part of one expert.
 #[derive(Debug, Clone)]
@@ -161,9 +161,10 @@ impl LowRank {
         debug_assert_eq!(left.cols, right.rows);
         Self { left, right, scale, tiled: Mutex::new(None) }
     }
+}
 
-    /// `[rows, cols]` of the product.
-    pub fn shape(&self) -> [usize; 2] {
+impl Update for LowRank {
+    fn shape(&self) -> [usize; 2] {
         [self.left.rows, self.right.cols]
     }
 
@@ -184,42 +185,6 @@ impl LowRank {
     }
 }
 
-/// `W + s·L·R`, in `f32`; whoever stores it rounds once to the base's dtype.
-#[derive(Debug)]
-pub(super) struct Added {
-    pub base: WeightRef,
-    pub delta: LowRank,
-}
-
-impl Weight for Added {
-    fn shape(&self) -> &[usize] {
-        self.base.shape()
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.base.dtype()
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
-    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.base.read_rows(rows.clone(), out)?;
-        self.delta.add(rows, out);
-        Ok(())
-    }
-
-    fn origin(&self) -> (PathBuf, String) {
-        self.base.origin()
-    }
-
-    fn release(&self) {
-        self.base.release();
-        self.delta.release();
-    }
-}
-
 /// Along which axis of the stored weight DoRA takes its norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NormAxis {
@@ -235,7 +200,7 @@ const NORM_ROWS: usize = 64;
 /// `m / ‖W + s·L·R‖ · (W + s·L·R)`.
 #[derive(Debug)]
 pub(super) struct Dora {
-    sum: Added,
+    sum: Updated<LowRank>,
     magnitude: Vec<f32>,
     axis: NormAxis,
     /// `m / norm` per column, computed at the first read: one pass over the weight.
@@ -244,7 +209,7 @@ pub(super) struct Dora {
 
 impl Dora {
     /// `magnitude` has one number per row or column of the weight, as `axis` says.
-    pub fn new(sum: Added, magnitude: Vec<f32>, axis: NormAxis) -> Self {
+    pub fn new(sum: Updated<LowRank>, magnitude: Vec<f32>, axis: NormAxis) -> Self {
         Self { sum, magnitude, axis, column_factors: OnceLock::new() }
     }
 

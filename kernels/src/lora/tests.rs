@@ -88,7 +88,7 @@ impl Layer {
     fn lora<'a>(&self, inputs: &'a Inputs<f32>) -> ExpertLora<'a> {
         let pair = |i: usize| {
             let (a, b) = (&inputs[2 + 2 * i][..], &inputs[3 + 2 * i][..]);
-            Some(LoraPair { a, b, rank: self.ranks[i], scale: self.scale })
+            Some(LoraPair { a, b, rank: self.ranks[i], scale: self.scale, dropout: None })
         };
         ExpertLora { expert: self.named, gate: pair(0), up: pair(1), down: pair(2) }
     }
@@ -235,7 +235,7 @@ fn pairs_that_give_nothing_change_nothing() {
     let kept = full.pairs().map(silent);
     let pair = |i: usize| {
         let (a, b, rank) = kept[i].as_ref()?;
-        Some(LoraPair { a, b: &zeros[..*b], rank: *rank, scale: 2.0 })
+        Some(LoraPair { a, b: &zeros[..*b], rank: *rank, scale: 2.0, dropout: None })
     };
     for lora in [
         ExpertLora { expert: 1, ..ExpertLora::default() },
@@ -271,7 +271,7 @@ fn linear_with_a_pair_equals_formula_and_differences() {
         };
         let inputs = [wide(&x), wide(&a), wide(&b)];
         for exec in sets() {
-            let pair = LoraPair { a: &a, b: &b, rank, scale };
+            let pair = LoraPair { a: &a, b: &b, rank, scale, dropout: None };
             let mut out = vec![f32::NAN; tokens * rows];
             lora_linear(&x, w.view(), Some(&bias), &pair, &mut out, &exec).unwrap();
             for (found, wanted) in out.iter().zip(formula(&inputs[0], &inputs[1], &inputs[2])) {
@@ -308,7 +308,7 @@ fn threads_do_not_change_a_bit_of_a_linear_layer() {
     let w = Matrix::new(rows, cols, 1);
     let (x, dy) = (numbers(tokens * cols, 2), numbers(tokens * rows, 3));
     let (a, b) = (numbers(rank * cols, 4), numbers(rows * rank, 5));
-    let pair = LoraPair { a: &a, b: &b, rank, scale: 0.5 };
+    let pair = LoraPair { a: &a, b: &b, rank, scale: 0.5, dropout: None };
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let exec = Exec::default();

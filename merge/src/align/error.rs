@@ -31,11 +31,27 @@ pub enum AlignError {
         /// Its name.
         name: String,
     },
-    /// A teacher that cannot begin a text.
-    #[error("`{teacher}` wrote no text to fit on")]
+    /// A teacher that cannot begin a text, and no other text.
+    #[error("there is no text to fit expert `{name}` on")]
     Silent {
-        /// The teacher.
+        /// The expert.
+        name: String,
+        /// Its teacher.
         teacher: String,
+    },
+    /// Everything together, but not all of it.
+    #[error("`joint` needs the dense model of every expert")]
+    Untaught {
+        /// Experts without a teacher.
+        names: Vec<String>,
+    },
+    /// Options that exclude each other.
+    #[error("`{name}` has no meaning here")]
+    Option {
+        /// The option.
+        name: &'static str,
+        /// What it needs.
+        expected: &'static str,
     },
 }
 
@@ -67,9 +83,18 @@ impl Explain for AlignError {
                 format!("one of `{}`, or a number below {}", known.join("`, `"), known.len()),
             )],
             Self::Stacked { .. } | Self::Twice { .. } => Vec::new(),
-            Self::Silent { .. } => {
-                vec![("expected", "a tokenizer with a token that begins or ends a text".into())]
+            Self::Silent { teacher, .. } => vec![
+                ("teacher", teacher.clone()),
+                (
+                    "expected",
+                    "text of its own, or a tokenizer with a token that begins or ends a text"
+                        .into(),
+                ),
+            ],
+            Self::Untaught { names } => {
+                vec![("found", format!("no teacher of `{}`", names.join("`, `")))]
             }
+            Self::Option { expected, .. } => vec![("expected", (*expected).to_owned())],
         }
     }
 
@@ -80,7 +105,11 @@ impl Explain for AlignError {
                 Some("`align: refit` in the recipe fits them while the model is built".into())
             }
             Self::Twice { .. } => Some("name it once".into()),
-            Self::Expert { .. } | Self::Silent { .. } => None,
+            Self::Silent { .. } => Some("`--data EXPERT=FILE` names text".into()),
+            Self::Untaught { .. } => {
+                Some("routers would forget the text of those that are left out: name them with `--teacher`".into())
+            }
+            Self::Expert { .. } | Self::Option { .. } => None,
         }
     }
 }

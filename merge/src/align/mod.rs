@@ -4,15 +4,17 @@
 //! fit the expert's MLPs to the stream that they now live in, with the dense model that they come from as teacher, on text
 //! that it writes itself.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
+use moe_merge_checkpoint::manifest::Manifest;
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_model::ModelError;
 use moe_merge_model::transplant::{
-    Distillation, Distilled, Student, distil, divergences, transplant,
+    Distillation, Pupil, Student, Visits, distil, divergences, transplant,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::build::{Observer, Stage};
 use crate::error::MergeError;
@@ -20,21 +22,25 @@ use crate::recipe::{Align, AlignMethod};
 
 mod error;
 mod existing;
+mod joint;
 mod refit;
+mod state;
 mod store;
+mod texts;
 
 pub use error::AlignError;
 pub use existing::{AlignOptions, Alignment, ExistingReport};
+pub use joint::{JointExpert, JointReport};
+pub(crate) use joint::{Member, join};
+use state::{Done, Keeper, kept};
 pub(crate) use store::Store;
-
-/// One text of an expert in so many is held out, to tell what was gained.
-const HELD_OUT: usize = 8;
+pub(crate) use texts::Texts;
 
 /// A base nearer to the expert's predictions than this, in nats, leaves nothing to tell shares of.
 const GAP: f64 = 1e-4;
 
 /// Shares of what an expert gains over the base that are left when its MLPs stand behind the base's attention: 1 is all of it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Survival {
     /// With the MLPs as they come.
     pub before: f64,
@@ -53,7 +59,7 @@ impl Survival {
 }
 
 /// What became of one expert.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AlignedExpert {
     /// Its name.
     pub name: String,
@@ -78,6 +84,9 @@ pub struct AlignReport {
     pub method: &'static str,
     /// Experts in order; those that are the base itself are left out.
     pub experts: Vec<AlignedExpert>,
+    /// What training all of them together did, behind the routers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub joint: Option<JointReport>,
 }
 
 /// One expert with everything it is fitted with.
@@ -97,6 +106,27 @@ pub(crate) struct Transplant<'a> {
     pub interrupt: &'a Interrupt,
 }
 
+/// Bytes that fitting takes at most.
+///
+/// * sizes: width of the stream, and of an expert; layers; experts that are fitted
+pub(crate) fn memory(align: &Align, sizes: [usize; 4]) -> u64 {
+    /// What the model crate holds of a teacher's predictions: probabilities, and rows of two heads.
+    const PREDICTIONS: u64 = 512 << 20;
+    let [hidden, inter, layers, experts] = sizes.map(|n| n as u64);
+    let mlp = 4 * 3 * hidden * inter;
+    // Streams, inputs and targets of all tokens; second moments of the activations; the descent in f64.
+    let states = 4 * align.tokens as u64 * 6 * hidden;
+    let layer = 8 * inter * inter + 30 * 2 * mlp;
+    // Numbers, their gradients, the best ones, and two moments unless the rank is low.
+    let copies = if align.rank.is_some() { 3 } else { 5 };
+    let (trained, teachers) = match align.method {
+        AlignMethod::Refit => (0, 1),
+        AlignMethod::Distil => (copies * mlp * layers, 1),
+        AlignMethod::Joint => (copies * mlp * layers * experts, experts),
+    };
+    states + layer.max(trained) + teachers * PREDICTIONS
+}
+
 /// New matrices by layer.
 pub(crate) type Fitted = Vec<(usize, [WeightRef; 3])>;
 
@@ -114,14 +144,25 @@ impl Transplant<'_> {
         with: &dyn Fn(&Fitted) -> Result<Source, MergeError>,
         observer: &dyn Observer,
     ) -> Result<(Fitted, AlignedExpert), MergeError> {
-        let (fit, held_out) = self.split();
+        let begun = self.begun(align, seed);
+        let done = self.keeper("done", &begun);
+        if let Some(kept) = done.as_ref().map(Keeper::done::<Done>).transpose()?.flatten() {
+            let one = |layer: &usize| -> Result<_, MergeError> {
+                Ok((*layer, self.store.get(kept.method, (self.student.expert, *layer))?))
+            };
+            let fitted = kept.layers.iter().map(one).collect::<Result<Fitted, _>>()?;
+            return Ok((fitted, kept.made));
+        }
+        let (fit, held_out) = texts::split(self.texts);
         observer.stage(Stage::Align, self.layers.len() as u64);
         let mut fitted = self.refit(&fit, &mut || observer.advance(1))?;
         // Where there was nothing to mend layer by layer, there is nothing to learn.
         if align.method == AlignMethod::Distil && !fitted.is_empty() {
             observer.stage(Stage::Distil, align.steps as u64);
-            let options = Distillation { steps: align.steps, seed, ..Distillation::default() };
-            fitted = self.distil(&with(&fitted)?, &fit, &options, &mut || observer.advance(1))?;
+            let (start, options) = (with(&fitted)?, joint::options(align, seed));
+            let keeper = self.keeper("distil", &begun);
+            let mut told = || observer.advance(1);
+            fitted = self.distil(&start, [&fit, &held_out], &options, keeper, &mut told)?;
         }
         let tokens = fit.iter().map(Vec::len).sum();
         let (nats, base) = self.divergences(&with(&fitted)?, &held_out)?;
@@ -141,20 +182,35 @@ impl Transplant<'_> {
             let [before, after] = made.divergence.map(|nats| 1.0 - nats / base);
             Survival { before, after }
         });
+        if let Some(done) = done {
+            let method = match align.method {
+                AlignMethod::Distil => AlignMethod::Distil,
+                AlignMethod::Refit | AlignMethod::Joint => AlignMethod::Refit,
+            };
+            let layers = fitted.iter().map(|(layer, _)| *layer).collect();
+            done.finish(&Done { method, layers, made: made.clone() })?;
+            self.keeper("distil", &begun).map_or(Ok(()), |k| k.forget())?;
+        }
         Ok((fitted, made))
     }
 
-    /// Texts to fit on, and texts that are held out.
-    fn split(&self) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
-        let (mut fit, mut held_out) = (Vec::new(), Vec::new());
-        for (i, text) in self.texts.iter().enumerate() {
-            let own = if i % HELD_OUT == HELD_OUT - 1 { &mut held_out } else { &mut fit };
-            own.push(text.clone());
-        }
-        if held_out.is_empty() {
-            held_out.clone_from(&fit);
-        }
-        (fit, held_out)
+    /// What has to be the same for what was kept to be of use.
+    fn begun(&self, align: &Align, seed: u64) -> Value {
+        let folder = &self.student.source.path;
+        json!({
+            "student": self.student.source.label, "expert": self.student.expert,
+            "generation": Manifest::load(folder).ok().flatten().map(|m| m.generation),
+            "teacher": self.teacher.label, "base": self.base.map(|b| &b.label),
+            "layers": [self.layers.start, self.layers.end],
+            "method": align.method.name(), "steps": align.steps, "rank": align.rank,
+            "stream": align.stream, "seed": seed,
+        })
+    }
+
+    /// A file of this expert's in the folder that keeps things, if there is one.
+    fn keeper(&self, what: &str, begun: &Value) -> Option<Keeper> {
+        let name = format!("expert-{:02}.{what}", self.student.expert);
+        Some(Keeper::new(self.store.kept()?, &name, begun.clone(), &[self.texts]))
     }
 
     /// Fits layer by layer. `done` is told of each layer.
@@ -196,28 +252,23 @@ impl Transplant<'_> {
     fn distil(
         &self,
         start: &Source,
-        texts: &[Vec<u32>],
+        [texts, held_out]: [&[Vec<u32>]; 2],
         options: &Distillation,
+        mut keeper: Option<Keeper>,
         done: &mut dyn FnMut(),
     ) -> Result<Fitted, MergeError> {
-        let student = Student { source: start, ..self.student };
-        let layers = self.layers.clone();
-        let made = distil(student, self.teacher, texts, layers, options, &mut |_| {
-            done();
-            match self.interrupt.check() {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
-        });
-        self.interrupt.check()?;
-        made?
-            .into_iter()
-            .map(|Distilled { layer, sizes, weights }| {
-                let place = (self.student.expert, layer);
-                let method = AlignMethod::Distil;
-                Ok((layer, self.store.put(method, place, sizes, &weights, self.interrupt)?))
-            })
-            .collect()
+        let (expert, layers) = (self.student.expert, self.layers.clone());
+        let pupil = Pupil { expert, teacher: self.teacher, texts, held_out, layers };
+        let made = kept(&mut keeper, self.interrupt, done, &mut |state, told| {
+            distil(start, std::slice::from_ref(&pupil), Visits::Forced, options, state, told)
+        })?;
+        let put = |m: moe_merge_model::transplant::Matrices| {
+            let place = (m.expert, m.layer);
+            let method = AlignMethod::Distil;
+            let new = self.store.put(method, place, m.sizes, &m.weights, self.interrupt)?;
+            Ok((m.layer, new))
+        };
+        made.matrices.into_iter().map(put).collect()
     }
 
     /// Divergence from the teacher's predictions on `texts`, in nats per token: of the expert as it came and in `fitted`, and

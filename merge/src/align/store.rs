@@ -1,7 +1,7 @@
 //! Matrices that were fitted, kept in files until the output is written: memory holds those of one layer.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moe_merge_checkpoint::publish::Interrupt;
@@ -11,16 +11,40 @@ use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef, weights};
 use tempfile::TempDir;
 
 use crate::families::Matrix;
-use crate::recipe::AlignMethod;
+use crate::recipe::{Align, AlignMethod};
 
-/// A folder that is gone when the last weight in it is.
+/// A folder of fitted matrices.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
-    folder: Arc<TempDir>,
+    folder: Folder,
     dtype: Dtype,
 }
 
+#[derive(Debug, Clone)]
+enum Folder {
+    /// Gone when the last weight in it is.
+    Passing(Arc<TempDir>),
+    /// A person's.
+    Kept(PathBuf),
+}
+
 impl Store {
+    /// In the folder that `align` names to keep things in, else as [`Store::beside`].
+    pub fn of(align: &Align, target: &Path, dtype: Dtype) -> Result<Self, CheckpointError> {
+        let Some(folder) = &align.state else { return Self::beside(target, dtype) };
+        std::fs::create_dir_all(folder)
+            .map_err(|e| CheckpointError::io("making the folder", folder, e))?;
+        Ok(Self { folder: Folder::Kept(folder.clone()), dtype })
+    }
+
+    /// The folder of a person's, where one was named.
+    pub fn kept(&self) -> Option<&Path> {
+        match &self.folder {
+            Folder::Passing(_) => None,
+            Folder::Kept(folder) => Some(folder),
+        }
+    }
+
     /// Beside `target` where there is a folder, else where the system keeps files for a while.
     ///
     /// * `dtype`: how numbers are stored in the output; what is fitted later is fitted to numbers rounded like that
@@ -34,7 +58,7 @@ impl Store {
             false => builder.tempdir(),
         };
         let folder = folder.map_err(|e| CheckpointError::io("making a folder in", parent, e))?;
-        Ok(Self { folder: Arc::new(folder), dtype })
+        Ok(Self { folder: Folder::Passing(Arc::new(folder)), dtype })
     }
 
     /// Writes the matrices of one expert in one layer, once for each `method`, and maps them.
@@ -49,17 +73,29 @@ impl Store {
         interrupt: &Interrupt,
     ) -> Result<[WeightRef; 3], CheckpointError> {
         let size = hidden * inter;
-        let name = |m: Matrix| format!("expert.{expert}.layer.{layer}.{}", m.name());
+        let name = |m: Matrix| name(m, (expert, layer));
         let tensors = Matrix::ALL.iter().zip(flat.chunks_exact(size.max(1))).map(|(&m, values)| {
             let shape = if m == Matrix::Down { [hidden, inter] } else { [inter, hidden] };
             let weight = OwnedWeight::from_f32(&name(m), values, &shape, Dtype::F32);
             OutTensor { name: name(m), weight: Arc::new(weight), dtype: self.dtype }
         });
         // What is mapped already must not be written over.
-        let file = format!("{}-{expert:02}-{layer:03}.safetensors", method.name());
-        let mut all = self.keep(&file, tensors.collect(), interrupt)?;
+        let file = file(method, (expert, layer));
+        self.keep(&file, tensors.collect(), interrupt)?;
+        self.get(method, (expert, layer))
+    }
+
+    /// Maps what [`Store::put`] has written, in this run or an earlier one.
+    pub fn get(
+        &self,
+        method: AlignMethod,
+        (expert, layer): (usize, usize),
+    ) -> Result<[WeightRef; 3], CheckpointError> {
+        let name = |m: Matrix| name(m, (expert, layer));
+        let file = self.path().join(file(method, (expert, layer)));
+        let mut all = weights(&file)?;
         let missing = |tensor: String| CheckpointError::MissingTensor {
-            file: self.folder.path().join(&file),
+            file: file.clone(),
             tensor,
             nearest: None,
         };
@@ -76,7 +112,22 @@ impl Store {
     ) -> Result<BTreeMap<String, WeightRef>, CheckpointError> {
         let shard = ShardPlan { name: ShardName::Fixed(file.to_owned()), tensors };
         let watch = Watch { interrupt, progress: &|_| {} };
-        write_shards(self.folder.path(), &[shard], watch)?;
-        weights(&self.folder.path().join(file))
+        write_shards(self.path(), &[shard], watch)?;
+        weights(&self.path().join(file))
     }
+
+    fn path(&self) -> &Path {
+        match &self.folder {
+            Folder::Passing(folder) => folder.path(),
+            Folder::Kept(folder) => folder,
+        }
+    }
+}
+
+fn file(method: AlignMethod, (expert, layer): (usize, usize)) -> String {
+    format!("{}-{expert:02}-{layer:03}.safetensors", method.name())
+}
+
+fn name(matrix: Matrix, (expert, layer): (usize, usize)) -> String {
+    format!("expert.{expert}.layer.{layer}.{}", matrix.name())
 }

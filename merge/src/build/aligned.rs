@@ -8,17 +8,39 @@ use moe_merge_model::transplant::Student;
 use moe_merge_router::Gate;
 
 use super::{Observer, Prepared, Stage, merged};
-use crate::align::{AlignReport, AlignedExpert, Fitted, Store, Survival, Transplant};
+use crate::align::{
+    AlignReport, AlignedExpert, Fitted, Member, Store, Survival, Texts, Transplant, join, memory,
+};
+use crate::documents::Encoder;
 use crate::error::MergeError;
 use crate::evaluate::{Cut, Evaluation, Score, Scorer};
-use crate::families::{Matrix, dense_name};
-use crate::gates::TokenPrompts;
+use crate::families::{Layout, Matrix, dense_name};
+use crate::gates::Routers;
 use crate::plan::{Assembly, ExpertInput, Plan};
 use crate::recipe::{Align, AlignMethod};
-use crate::self_text::Writing;
 
 /// Set apart from the seeds of text for routers, so that neither learns from what judges the other.
 const SEED: u64 = 0x616c_6967_6e00_0000;
+
+/// What is left to do once there are routers: everything together.
+#[derive(Debug, Clone)]
+pub(crate) struct Jointly {
+    align: Align,
+    /// By expert of the recipe; `None` where there is no text.
+    members: Vec<Option<Member>>,
+    store: Store,
+}
+
+impl Jointly {
+    /// The same for some of the experts, which come in this order.
+    pub(crate) fn of(&self, experts: &[usize]) -> Self {
+        let member = |(expert, own): (usize, &usize)| {
+            self.members[*own].clone().map(|member| Member { expert, ..member })
+        };
+        let members = experts.iter().enumerate().map(member).collect();
+        Self { members, ..self.clone() }
+    }
+}
 
 impl Prepared {
     /// Fits the experts as the recipe says; from then on they are part of what is built. `None` where it says nothing.
@@ -26,44 +48,82 @@ impl Prepared {
         &mut self,
         observer: &dyn Observer,
     ) -> Result<Option<AlignReport>, MergeError> {
-        let Some(align) = self.align else { return Ok(None) };
-        let experts: Vec<usize> =
-            (0..self.originals.len()).filter(|&e| !self.same_as_base[e]).collect();
-        let store = Store::beside(&self.target, self.plan.dtype)?;
-        let texts = self.own_texts(&align, &experts, observer)?;
-        let mut report = AlignReport { method: align.method.name(), experts: Vec::new() };
+        let Some(align) = self.align.take() else { return Ok(None) };
+        let store = Store::of(&align, &self.target, self.plan.dtype)?;
+        let texts = self.own_texts(&align, observer).map_err(|e| self.origins.locate(e))?;
+        let layers: Vec<_> = (0..self.originals.len()).map(|e| self.own_layers(e)).collect();
+        let mut report =
+            AlignReport { method: align.method.name(), experts: Vec::new(), joint: None };
         let mut sources = vec![None; self.originals.len()];
-        for (&expert, texts) in experts.iter().zip(&texts) {
+        let same = self.same_as_base.clone();
+        for (expert, texts) in texts.iter().enumerate().filter(|(e, _)| !same[*e]) {
             let made = self.fit(&align, expert, texts, &store, observer);
             let (source, made) = made.map_err(|e| self.origins.locate(e))?;
             sources[expert] = source;
             report.experts.extend(made);
         }
-        self.take_aligned(sources)?;
+        let jointly = (align.method == AlignMethod::Joint).then(|| {
+            let member = |((expert, texts), layers): ((usize, Vec<Vec<u32>>), _)| Member {
+                expert,
+                name: self.assembly.experts[expert].name.clone(),
+                teacher: self.originals[expert].clone(),
+                texts,
+                layers: if self.same_as_base[expert] { 0..0 } else { layers },
+            };
+            let members = texts.into_iter().enumerate().zip(layers).map(member);
+            let members = members.map(|m| (!m.texts.is_empty()).then_some(m)).collect();
+            Jointly { align, members, store }
+        });
+        self.take_aligned(sources, jointly)?;
         Ok(Some(report))
+    }
+
+    /// Trains experts and routers together, where the recipe says so; from then on they are part of what is built.
+    pub(crate) fn join(
+        &mut self,
+        routers: &mut Routers,
+        report: Option<&mut AlignReport>,
+        observer: &dyn Observer,
+    ) -> Result<(), MergeError> {
+        let Some(Jointly { align, members, store }) = self.jointly.take() else { return Ok(()) };
+        let members: Vec<Member> = members.into_iter().flatten().collect();
+        let hub = Assembly { layout: Layout::Hub, ..self.assembly.clone() };
+        let gates = super::parts::gates(&routers.layers, &routers.shared);
+        let moe = Plan::new(&hub)?.source_with(&hub, &gates)?;
+        let how = (&align, self.assembly.seed);
+        let joined = join(&moe, &members, how, &store, &self.options.interrupt, observer);
+        let joined = joined.map_err(|e| self.origins.locate(e))?;
+        let mut sources = self.fitted.clone();
+        for (expert, fitted) in joined.fitted {
+            let plain = self.assembly.forced(expert)?.experts.swap_remove(0).source;
+            sources[expert] = Some(with_matrices(&plain, &fitted));
+        }
+        for (layer, rows) in joined.gates {
+            if let Some(gate) = routers.layers.get_mut(layer) {
+                gate.rows = rows;
+            }
+        }
+        if let Some(report) = report {
+            report.joint = Some(joined.report);
+        }
+        self.take_aligned(sources, None)
     }
 
     /// Bytes that fitting takes at most; 0 where nothing is fitted.
     pub(super) fn fitting_memory(&self) -> u64 {
-        /// What the model crate holds of predictions: probabilities, and rows of two heads.
-        const PREDICTIONS: u64 = 512 << 20;
-        let Some(align) = self.align else { return 0 };
+        let Some(align) = &self.align else { return 0 };
         let d = &self.plan.shape.dims;
-        let [tokens, hidden, inter] = [align.tokens, d.hidden, d.intermediate].map(|n| n as u64);
-        let mlp = 4 * 3 * hidden * inter;
-        // Streams, inputs and targets of all tokens; second moments of the activations; the descent in f64.
-        let states = 4 * tokens * 6 * hidden;
-        let layer = 8 * inter * inter + 30 * 2 * mlp;
-        let trained = match align.method {
-            AlignMethod::Refit => 0,
-            AlignMethod::Distil => 4 * mlp * d.layers as u64,
-        };
-        states + layer.max(trained) + PREDICTIONS
+        memory(align, [d.hidden, d.intermediate, d.layers, self.originals.len()])
     }
 
-    /// Puts sources with fitted MLPs in the place of experts; `None`: the expert stays.
-    pub(crate) fn take_aligned(&mut self, sources: Vec<Option<Source>>) -> Result<(), MergeError> {
-        (self.align, self.fitted) = (None, sources);
+    /// Puts sources with fitted MLPs in the place of experts; `None`: the expert stays. `jointly` is left for
+    /// [`Prepared::join`].
+    pub(crate) fn take_aligned(
+        &mut self,
+        sources: Vec<Option<Source>>,
+        jointly: Option<Jointly>,
+    ) -> Result<(), MergeError> {
+        (self.align, self.fitted, self.jointly) = (None, sources, jointly);
         let plan = |assembly: &mut Assembly| {
             for (expert, source) in assembly.experts.iter_mut().zip(&self.fitted) {
                 let Some(source) = source else { continue };
@@ -80,9 +140,15 @@ impl Prepared {
         Ok(())
     }
 
-    /// Sources with fitted MLPs, once there are any.
-    pub(crate) fn fitted(&self) -> &[Option<Source>] {
-        &self.fitted
+    /// Sources with fitted MLPs, once there are any, and what is left to do with routers.
+    pub(crate) fn fitted(&self) -> (&[Option<Source>], Option<&Jointly>) {
+        (&self.fitted, self.jointly.as_ref())
+    }
+
+    /// Layers in which an expert is itself.
+    fn own_layers(&self, expert: usize) -> std::ops::Range<usize> {
+        let own = self.assembly.experts[expert].layers.clone();
+        own.unwrap_or(0..self.plan.shape.dims.layers)
     }
 
     /// What of each expert's gain survives on the evaluation text of its name, by the perplexity of base and expert in
@@ -122,30 +188,33 @@ impl Prepared {
         Ok(())
     }
 
-    /// Text that each of `experts` writes from nothing, or its prompts where it cannot.
+    /// The text of each expert.
     fn own_texts(
-        &self,
+        &mut self,
         align: &Align,
-        experts: &[usize],
         observer: &dyn Observer,
     ) -> Result<Vec<Vec<Vec<u32>>>, MergeError> {
-        observer.stage(Stage::SelfText, (align.tokens * experts.len()) as u64);
+        observer.stage(Stage::SelfText, (align.tokens * self.originals.len()) as u64);
         let tokenizer = Tokenizer::from_source(&self.assembly.base)?;
-        let writing = Writing {
-            tokenizer: &tokenizer,
-            tokens: align.tokens,
+        let encoder = Encoder::with(&self.assembly.base, tokenizer);
+        let names = self.names();
+        let texts = Texts {
+            align,
+            encoder: &encoder,
+            names: &names,
             seed: self.assembly.seed ^ SEED,
             interrupt: &self.options.interrupt,
         };
         let mut all = Vec::new();
-        for &expert in experts {
-            let mut texts = TokenPrompts::default();
-            let mut told = |tokens| observer.advance(tokens as u64);
-            writing.add(&self.originals[expert], expert, &mut texts, &mut told)?;
-            if texts.positive.is_empty() {
-                texts.positive.clone_from(&self.experts[expert].positive);
+        for (expert, teacher) in self.originals.iter().enumerate() {
+            // Nobody is fitted to the base but behind routers, which have to know its text.
+            if self.same_as_base[expert] && align.method != AlignMethod::Joint {
+                all.push(Vec::new());
+                continue;
             }
-            all.push(texts.positive);
+            let mut told = |tokens| observer.advance(tokens as u64);
+            let prompts = &self.experts[expert];
+            all.push(texts.of(expert, prompts, teacher, &mut self.notes, &mut told)?);
         }
         Ok(all)
     }
@@ -168,7 +237,7 @@ impl Prepared {
         }
         let moe = merged(&self.assembly)?;
         let plain = self.assembly.forced(expert)?.experts.swap_remove(0).source;
-        let layers = input.layers.clone().unwrap_or(0..self.plan.shape.dims.layers);
+        let layers = self.own_layers(expert);
         let base = self.plain_base.as_ref().unwrap_or(&self.assembly.base);
         let transplant = Transplant {
             student: Student { source: &moe, expert },
@@ -213,6 +282,23 @@ pub(super) fn lines(report: &AlignReport) -> Vec<String> {
         let [before, after] = [e.own_text.map(|s| s.before), e.own_text.map(|s| s.after)];
         format!("| {} | {} | {} |", e.name, percent(before), percent(after))
     }));
+    if let Some(joint) = &report.joint {
+        lines.extend([
+            String::new(),
+            format!(
+                "Then all experts and routers were trained together for {} steps. Divergence of the whole mixture from each \
+                 expert's dense model, in nats per token:",
+                joint.best_step
+            ),
+            String::new(),
+            "| expert | before | after |".to_owned(),
+            "|---|---|---|".to_owned(),
+        ]);
+        lines.extend(joint.experts.iter().map(|e| {
+            let [before, after] = e.divergence;
+            format!("| {} | {before:.4} | {after:.4} |", e.name)
+        }));
+    }
     lines
 }
 

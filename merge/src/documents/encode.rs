@@ -49,7 +49,9 @@ pub struct Pieces {
 
 impl Pieces {
     /// What was cut or left out, in one line; `None` if all is there.
-    pub fn note(&self, whose: &str, budget: usize) -> Option<String> {
+    ///
+    /// * `limit`: the budget in tokens, and the key that sets it
+    pub fn note(&self, whose: &str, (budget, key): (usize, &str)) -> Option<String> {
         let mut parts = Vec::new();
         if self.split > 0 {
             let (split, all, piece) = (self.split, self.documents, self.piece);
@@ -65,7 +67,7 @@ impl Pieces {
         }
         let limit = match self.short + self.left_out {
             0 => String::new(),
-            _ => format!(": budget of {budget} tokens (`prompt_tokens`)"),
+            _ => format!(": budget of {budget} tokens (`{key}`)"),
         };
         (!parts.is_empty()).then(|| format!("{whose}: {}{limit}", parts.join(", ")))
     }
@@ -252,7 +254,7 @@ pub fn encode_labelled(
             |documents: &[Document], whose: String| -> Result<Vec<Vec<u32>>, MergeError> {
                 let made = encoder.pieces(&documents.iter().collect::<Vec<_>>(), cutting)?;
                 if let Cutting::Budget(budget) = cutting {
-                    notes.extend(made.note(&whose, budget));
+                    notes.extend(made.note(&whose, (budget, "prompt_tokens")));
                 }
                 Ok(made.tokens)
             };

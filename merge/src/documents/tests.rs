@@ -305,16 +305,19 @@ fn budgets_are_filled_in_order_and_the_rest_is_told() {
     let Some(source) = tiny(&folder, None) else { return };
     let encoder = Encoder::new(&source).unwrap();
     let (made, lengths) = cut(&encoder, &[20, 30], 1000);
-    assert_eq!((lengths, made.note("x", 1000)), (vec![20, 30], None));
+    assert_eq!((lengths, made.note("x", (1000, "prompt_tokens"))), (vec![20, 30], None));
     // 1100 = 511 + 511 + 78
     let (made, lengths) = cut(&encoder, &[20, 1100, 30], 2000);
     assert_eq!(lengths, [20, 511, 511, 78, 30]);
     assert_eq!(made.document, [0, 1, 1, 1, 2]);
-    assert_eq!(made.note("x", 2000).unwrap(), "x: 1 of 3 documents cut into pieces of 512 tokens");
+    assert_eq!(
+        made.note("x", (2000, "prompt_tokens")).unwrap(),
+        "x: 1 of 3 documents cut into pieces of 512 tokens"
+    );
     let (made, lengths) = cut(&encoder, &[20, 1100, 30, 40], 600);
     assert_eq!(lengths, [20, 511, 69]);
     assert_eq!(
-        made.note("expert `code`", 600).unwrap(),
+        made.note("expert `code`", (600, "prompt_tokens")).unwrap(),
         "expert `code`: 1 of 4 documents cut into pieces of 512 tokens, 1 cut short, 2 left out: budget of 600 \
          tokens (`prompt_tokens`)"
     );
@@ -322,7 +325,7 @@ fn budgets_are_filled_in_order_and_the_rest_is_told() {
     let (made, lengths) = cut(&encoder, &[20, 30, 40], 25);
     assert_eq!((lengths, made.short, made.left_out), (vec![20], 0, 2));
     assert_eq!(
-        made.note("x", 25).unwrap(),
+        made.note("x", (25, "prompt_tokens")).unwrap(),
         "x: 2 of 3 left out: budget of 25 tokens (`prompt_tokens`)"
     );
     let (made, lengths) = cut(&encoder, &[20, 30], 0);
@@ -337,7 +340,7 @@ fn whole_documents_have_to_fit() {
     let long = documents(&encoder, &[20, encoder.context()]);
     let all: Vec<_> = long.iter().collect();
     let made = encoder.pieces(&all[..1], Cutting::Whole).unwrap();
-    assert_eq!((made.tokens[0].len(), made.note("x", 0)), (21, None));
+    assert_eq!((made.tokens[0].len(), made.note("x", (0, "prompt_tokens"))), (21, None));
     let error = encoder.pieces(&all, Cutting::Whole).unwrap_err();
     assert!(error.to_string().contains("longer than the context"));
 }

@@ -4,8 +4,9 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
-use super::{Combine, Group, Once, read, round, scan};
+use super::{Combine, Group, Once, read, scan};
 
 /// `x_i . x_j` for all pairs of some vectors, in f64.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,7 +68,8 @@ impl Gram {
     fn add<V: AsRef<[f32]>>(&mut self, vectors: &[V]) {
         for i in 0..self.size {
             for j in i..self.size {
-                let sum = dot(vectors[i].as_ref(), vectors[j].as_ref());
+                let mut sum = 0.0;
+                elementwise::add_dot(vectors[i].as_ref(), vectors[j].as_ref(), &mut sum);
                 self.sums[i * self.size + j] += sum;
                 if i != j {
                     self.sums[j * self.size + i] += sum;
@@ -101,22 +103,9 @@ impl Gram {
 
 /// `round(w - b)` into `out`.
 pub(super) fn subtract(w: &[f32], b: &[f32], dtype: Dtype, out: &mut Vec<f32>) {
-    out.clear();
-    out.extend(w.iter().zip(b).map(|(w, b)| round(w - b, dtype)));
-}
-
-/// Eight lanes, so that the compiler can use vectors: the order of the sum is fixed.
-fn dot(a: &[f32], b: &[f32]) -> f64 {
-    let mut lanes = [0f64; 8];
-    let (chunks_a, chunks_b) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest = chunks_a.remainder().iter().zip(chunks_b.remainder());
-    let tail: f64 = rest.map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-    for (x, y) in chunks_a.zip(chunks_b) {
-        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-            *lane += f64::from(*x) * f64::from(*y);
-        }
-    }
-    lanes.iter().sum::<f64>() + tail
+    out.resize(w.len(), 0.0);
+    elementwise::subtract(w, b, out);
+    elementwise::round(out, dtype);
 }
 
 /// A method whose result is a [`Weighted`] sum.
@@ -189,18 +178,14 @@ impl Weighted {
         for (&m, &c) in self.points.iter().zip(coefficients).filter(|(_, c)| **c != 0.0) {
             let values = read(&inputs[m], rows.clone())?;
             match &base {
-                None => out.iter_mut().zip(values).for_each(|(o, v)| *o += c * v),
-                Some(base) => {
-                    for ((o, v), b) in out.iter_mut().zip(values).zip(base) {
-                        *o += c * (v - b);
-                    }
-                }
+                None => elementwise::add_scaled(out, c, &values),
+                Some(base) => elementwise::add_scaled_difference(out, c, &values, base),
             }
         }
         if let Some(base) = base {
-            out.iter_mut().zip(base).for_each(|(o, b)| *o += b);
+            elementwise::add(out, &base);
         }
-        out.iter_mut().for_each(|o| *o = round(*o, self.dtype));
+        elementwise::round(out, self.dtype);
         Ok(())
     }
 }

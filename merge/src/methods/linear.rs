@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
-use super::{Base, Combine, Group, Method, Scope, flag, number, read, round};
+use super::{Base, Combine, Group, Method, Scope, flag, number, read};
 
 /// `sum_m w_m W_m`, divided by `sum_m w_m` with `normalize`. In f32, rounded once.
 pub(super) const METHOD: Method = Method {
@@ -61,11 +62,12 @@ impl Combine for Linear {
     ) -> Result<(), CheckpointError> {
         out.fill(0.0);
         for (input, weight) in inputs.iter().zip(&self.weights).filter(|(_, w)| **w != 0.0) {
-            for (o, v) in out.iter_mut().zip(read(input, rows.clone())?) {
-                *o += weight * v;
-            }
+            elementwise::add_scaled(out, *weight, &read(input, rows.clone())?);
         }
-        out.iter_mut().for_each(|o| *o = round(*o / self.divisor, self.dtype));
+        if self.divisor != 1.0 {
+            elementwise::divide(out, self.divisor);
+        }
+        elementwise::round(out, self.dtype);
         Ok(())
     }
 }

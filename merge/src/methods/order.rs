@@ -1,6 +1,7 @@
 //! Numbers by rank, of tensors that do not fit in memory.
 
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
+use moe_merge_kernels::elementwise;
 
 use super::scan;
 
@@ -39,6 +40,26 @@ impl Cut {
     /// Whether the number with this key and flat index is kept.
     pub fn keeps(&self, key: u32, index: usize) -> bool {
         key > self.key || key == self.key && index <= self.last_equal
+    }
+
+    /// Zeroes those of `values`, from the flat index `first` on, whose magnitude is not kept.
+    pub fn keep(&self, values: &mut [f32], first: usize) {
+        let (equal, none) = self.split(values, first);
+        elementwise::zero_below(equal, self.key, true);
+        elementwise::zero_below(none, self.key, false);
+    }
+
+    /// Zeroes those of `values`, from the flat index `first` on, whose magnitude is kept.
+    pub fn drop(&self, values: &mut [f32], first: usize) {
+        let (none, equal) = self.split(values, first);
+        elementwise::zero_above(none, self.key, false);
+        elementwise::zero_above(equal, self.key, true);
+    }
+
+    /// Cuts behind the last number that is kept although it only equals the smallest key.
+    fn split<'v>(&self, values: &'v mut [f32], first: usize) -> (&'v mut [f32], &'v mut [f32]) {
+        let place = self.last_equal.saturating_add(1).saturating_sub(first);
+        values.split_at_mut(place.min(values.len()))
     }
 }
 

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
-use super::{Base, Combine, Group, Method, Scope, number, round};
+use super::{Base, Combine, Group, Method, Scope, number};
 
 /// `scale W`; without `scale` the very bytes.
 pub(super) const METHOD: Method = Method {
@@ -43,7 +44,8 @@ impl Combine for Scaled {
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
         inputs[0].read_rows(rows, out)?;
-        out.iter_mut().for_each(|o| *o = round(*o * self.scale, self.dtype));
+        elementwise::scale(out, self.scale);
+        elementwise::round(out, self.dtype);
         Ok(())
     }
 }

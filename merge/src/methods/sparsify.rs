@@ -2,11 +2,13 @@
 
 use blake3::Hasher;
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::gram::subtract;
 use super::order::{Cut, Keyed, magnitude};
-use super::{round, scan};
+use super::scan;
 
 /// How the numbers are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +100,10 @@ impl Wanted {
         dtype: Dtype,
     ) -> Result<Keep, CheckpointError> {
         let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
-            let pairs = blocks[0].iter().zip(&blocks[1]);
-            out.extend(pairs.map(|(w, b)| magnitude(round(w - b, dtype))));
+            let mut differences = Vec::new();
+            subtract(&blocks[0], &blocks[1], dtype, &mut differences);
+            out.resize(differences.len(), 0);
+            elementwise::magnitudes(&differences, out);
         };
         let keyed = Keyed { inputs: &[model, base], keys };
         let n = model.len() as f64;
@@ -139,11 +143,10 @@ fn restoring_factor(
         &[model, base],
         |_| ([0f64; 2], Vec::new()),
         |(sums, values), first, blocks| {
-            values.clear();
-            values.extend(blocks[0].iter().zip(&blocks[1]).map(|(w, b)| round(w - b, dtype)));
-            sums[0] += values.iter().map(|v: &f32| f64::from(v.abs())).sum::<f64>();
+            subtract(&blocks[0], &blocks[1], dtype, values);
+            elementwise::add_absolute(values, &mut sums[0]);
             sparse.mask(first, cols, values);
-            sums[1] += values.iter().map(|v| f64::from(v.abs())).sum::<f64>();
+            elementwise::add_absolute(values, &mut sums[1]);
         },
     )?;
     let sum = |i: usize| parts.iter().map(|(sums, _)| sums[i]).sum::<f64>();
@@ -161,32 +164,24 @@ impl Sparse {
     pub fn apply(&self, first: usize, cols: usize, dtype: Dtype, values: &mut [f32]) {
         self.mask(first, cols, values);
         if self.scale != 1.0 {
-            values.iter_mut().for_each(|v| *v = round(*v * self.scale, dtype));
+            elementwise::scale(values, self.scale);
+            elementwise::round(values, dtype);
         }
     }
 
     fn mask(&self, first: usize, cols: usize, values: &mut [f32]) {
-        let keep = |values: &mut [f32], kept: &dyn Fn(u32, usize) -> bool| {
-            for (i, v) in values.iter_mut().enumerate() {
-                if !kept(magnitude(*v), first + i) {
-                    *v = 0.0;
-                }
-            }
-        };
         match &self.keep {
             Keep::All => {}
             Keep::Nothing => values.fill(0.0),
-            Keep::Largest(cut) => keep(values, &|key, i| cut.keeps(key, i)),
+            Keep::Largest(cut) => cut.keep(values, first),
             Keep::Between(low, high) => {
-                keep(values, &|key, i| low.keeps(key, i) && !high.keeps(key, i));
+                low.keep(values, first);
+                high.drop(values, first);
             }
             Keep::Random { key, density } => {
                 let (mut rng, below) = (stream(*key, first), threshold(*density));
-                for v in values {
-                    if u64::from(rng.next_u32()) >= below {
-                        *v = 0.0;
-                    }
-                }
+                let words: Vec<u32> = values.iter().map(|_| rng.next_u32()).collect();
+                elementwise::zero_by_chance(values, &words, below);
             }
             Keep::ByRank { key, density, epsilon } => {
                 let mut rng = stream(*key, first);
@@ -207,13 +202,15 @@ fn stream(key: [u8; 32], first: usize) -> ChaCha8Rng {
 
 /// Keeps each number with the chance `density - epsilon + 2 epsilon rank/(n-1)`, `rank` by magnitude from 0.
 fn by_rank(row: &mut [f32], density: f64, epsilon: f64, rng: &mut ChaCha8Rng) {
-    let mut order: Vec<u32> = (0..row.len() as u32).collect();
-    order.sort_unstable_by_key(|&i| (magnitude(row[i as usize]), i));
+    // Magnitude above, place below: one number to compare.
+    let key = |(i, v): (usize, &f32)| u64::from(magnitude(*v)) << 32 | i as u64;
+    let mut order: Vec<u64> = row.iter().enumerate().map(key).collect();
+    order.sort_unstable();
     let last = row.len() - 1;
     let mut below = vec![0u64; row.len()];
-    for (rank, &i) in order.iter().enumerate() {
+    for (rank, key) in order.iter().enumerate() {
         let place = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
-        below[i as usize] = threshold(density - epsilon + 2.0 * epsilon * place);
+        below[*key as u32 as usize] = threshold(density - epsilon + 2.0 * epsilon * place);
     }
     for (v, below) in row.iter_mut().zip(below) {
         if u64::from(rng.next_u32()) >= below {

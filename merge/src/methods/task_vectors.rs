@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
 use super::gram::subtract;
 use super::sparsify::{self, Sparse, Sparsifier, Wanted};
@@ -118,46 +119,36 @@ impl TaskVectors {
         self.found[i].get(|| self.wanted[i].find(model, base, self.dtype))
     }
 
-    /// `base + lambda sum / divisor`.
-    fn finish(&self, base: f32, sum: f32, divisor: f32) -> f32 {
-        let mut d = sum;
-        if self.normalize {
-            d = round(d / divisor, self.dtype);
-        }
-        if self.lambda != 1.0 {
-            d = round(d * self.lambda, self.dtype);
-        }
-        round(base + d, self.dtype)
-    }
-
-    /// Sums everything. `out` holds the base, `weighted` the weighted task vectors.
-    fn sum(&self, weighted: &[Vec<f32>], out: &mut [f32]) {
+    /// The sum of the weighted task vectors, divided if that is wanted.
+    fn sum(&self, weighted: &[Vec<f32>], count: usize) -> Vec<f32> {
+        let mut sum = vec![0.0; count];
+        weighted.iter().for_each(|p| elementwise::add(&mut sum, p));
+        elementwise::round(&mut sum, self.dtype);
         let total: f32 = self.weights.iter().sum();
         let divisor = if total.abs() < 1e-8 { 1.0 } else { round(total, self.dtype) };
-        for (i, o) in out.iter_mut().enumerate() {
-            let sum: f32 = weighted.iter().map(|p| p[i]).sum();
-            *o = self.finish(*o, round(sum, self.dtype), divisor);
+        if self.normalize && divisor != 1.0 {
+            elementwise::divide(&mut sum, divisor);
+            elementwise::round(&mut sum, self.dtype);
         }
+        sum
     }
 
-    /// Sums what has the sign of the sum of all.
-    fn vote(&self, weighted: &[Vec<f32>], out: &mut [f32]) {
-        for (i, o) in out.iter_mut().enumerate() {
-            let all: f32 = weighted.iter().map(|p| p[i]).sum();
-            let positive = round(all, self.dtype) >= 0.0;
-            let (mut sum, mut divisor) = (0f32, 0f32);
-            for (weight, p) in self.weights.iter().zip(weighted) {
-                if p[i] != 0.0 && (p[i] > 0.0) == positive {
-                    sum += p[i];
-                    divisor += weight;
-                }
-            }
-            let divisor = match round(divisor, self.dtype) {
-                0.0 => 1.0,
-                divisor => divisor,
-            };
-            *o = self.finish(*o, round(sum, self.dtype), divisor);
+    /// As [`Self::sum`], of what has the sign of the sum of all.
+    fn vote(&self, weighted: &[Vec<f32>], count: usize) -> Vec<f32> {
+        let mut all = vec![0.0; count];
+        weighted.iter().for_each(|p| elementwise::add(&mut all, p));
+        elementwise::round(&mut all, self.dtype);
+        let (mut sum, mut weights) = (vec![0.0; count], vec![0.0; count]);
+        for (weight, p) in self.weights.iter().zip(weighted) {
+            elementwise::add_agreeing(p, *weight, &all, &mut sum, &mut weights);
         }
+        elementwise::round(&mut sum, self.dtype);
+        if self.normalize {
+            elementwise::round(&mut weights, self.dtype);
+            elementwise::divide_each(&mut sum, &weights);
+            elementwise::round(&mut sum, self.dtype);
+        }
+        sum
     }
 }
 
@@ -178,13 +169,19 @@ impl Combine for TaskVectors {
         for (i, p) in weighted.iter_mut().enumerate() {
             subtract(&read(&inputs[self.others[i]], rows.clone())?, out, dtype, p);
             self.sparse(inputs, i)?.apply(rows.start * cols, cols, dtype, p);
-            let weight = self.weights[i];
-            p.iter_mut().for_each(|v| *v = round(weight * *v, dtype));
+            elementwise::scale(p, self.weights[i]);
+            elementwise::round(p, dtype);
         }
-        match self.consensus {
-            true => self.vote(&weighted, out),
-            false => self.sum(&weighted, out),
+        let mut merged = match self.consensus {
+            true => self.vote(&weighted, out.len()),
+            false => self.sum(&weighted, out.len()),
+        };
+        if self.lambda != 1.0 {
+            elementwise::scale(&mut merged, self.lambda);
+            elementwise::round(&mut merged, dtype);
         }
+        elementwise::add(out, &merged);
+        elementwise::round(out, dtype);
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use moe_merge_checkpoint::{CheckpointError, Dtype, Weight, WeightRef};
+use moe_merge_kernels::elementwise;
 
 use super::scan::BLOCK;
 use super::{Method, passthrough};
@@ -56,6 +57,11 @@ pub trait Combine: Debug + Send + Sync {
     /// Finds what has to be known about whole tensors. Outside of the thread pool this is done by all its threads.
     fn prepare(&self, _inputs: &[WeightRef]) -> Result<(), CheckpointError> {
         Ok(())
+    }
+
+    /// Whether [`Combine::prepare`] keeps to a thread of the pool that calls it, and needs little memory.
+    fn prepares_alone(&self) -> bool {
+        true
     }
 
     /// Forgets what was found, if it takes memory that counts.
@@ -130,9 +136,7 @@ impl Weight for Merged {
             let to = rows.end.min(from + step);
             let part = &mut out[(from - rows.start) * cols..(to - rows.start) * cols];
             self.combine.rows(&self.inputs, from..to, part)?;
-            if self.dtype != Dtype::F32 {
-                part.iter_mut().for_each(|v| *v = round(*v, self.dtype));
-            }
+            elementwise::round(part, self.dtype);
             from = to;
         }
         Ok(())
@@ -141,6 +145,10 @@ impl Weight for Merged {
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inputs.iter().try_for_each(|w| w.prepare())?;
         self.combine.prepare(&self.inputs)
+    }
+
+    fn prepares_alone(&self) -> bool {
+        self.combine.prepares_alone() && self.inputs.iter().all(|w| w.prepares_alone())
     }
 
     fn origin(&self) -> (PathBuf, String) {
@@ -177,12 +185,17 @@ impl Weight for Cast {
         self.inner.read_rows(rows, out)?;
         let stored = self.inner.dtype();
         // A computed weight (an adapter applied) counts as the dtype in which it would have been stored.
-        out.iter_mut().for_each(|v| *v = round(round(*v, stored), self.dtype));
+        elementwise::round(out, stored);
+        elementwise::round(out, self.dtype);
         Ok(())
     }
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
+    }
+
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
     }
 
     fn origin(&self) -> (PathBuf, String) {

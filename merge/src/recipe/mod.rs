@@ -16,6 +16,7 @@ mod error;
 mod file;
 mod moe;
 mod node;
+mod page;
 mod prompts;
 mod reader;
 mod schema;
@@ -29,6 +30,7 @@ pub use dense::{DenseRecipe, Input, MatchExperts, ModelText, Parameters, Parts, 
 pub use error::{Location, RecipeError, RecipeErrors};
 pub use file::read;
 pub use moe::{ARCHITECTURES, Architecture, Attention, Choice, Expert, GateMode, MoeRecipe};
+pub use page::page;
 pub use prompts::{ExpertFile, PromptList, prompt_lists};
 pub use schema::{Availability, Key, Shape, TABLES, json_schema};
 pub use setting::{ParameterKind, Setting};

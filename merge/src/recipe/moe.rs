@@ -246,7 +246,8 @@ impl Reader {
             Some((node, path)) => self.one_of(node, &path, &["base"]).is_some(),
             None => false,
         };
-        let align = self.align(&object);
+        let labels: Vec<String> = experts.iter().flatten().map(Expert::label).collect();
+        let align = self.align(&object, &labels);
         let evaluation = self.evaluation(&object);
         let output = self.output_at(&object);
         let seed = object.get("seed").and_then(|(n, p)| self.integer(n, &p, 0..=u64::MAX));

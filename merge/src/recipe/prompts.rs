@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::error::RecipeErrors;
+use super::error::{Location, RecipeErrors};
 use super::moe::Expert;
 use super::node::{self, Node, Value};
 use super::reader::{Object, Reader, nearest};
@@ -78,24 +78,28 @@ impl Reader {
         let mut files = Vec::new();
         for (node, path) in items {
             let Some(file) = self.existing_file(node, &path) else { continue };
-            match PromptFile::read(&file) {
-                Ok(PromptFile { path: file, documents, empty }) => {
-                    let place = self.place(node.at, &path);
-                    files.push(ExpertFile { path: file, place, documents, empty, unclaimed: 0 });
-                }
-                Err(reason) => {
-                    let what = "the file of prompts cannot be used";
-                    let found = reason.found.as_ref().map_or(String::new(), |f| format!(": {f}"));
-                    let error = self.error(node.at, &path, what);
-                    error.found = Some(format!("{}: {reason}{found}", reason.place()));
-                    error.expected = reason.expected.or_else(|| {
-                        Some("text in blocks divided by blank lines, `.jsonl` or `.json`".into())
-                    });
-                    error.hint = reason.hint;
-                }
-            }
+            let Some(read) = self.prompt_file(node.at, &path, &file) else { continue };
+            let PromptFile { path: file, documents, empty } = read;
+            let place = self.place(node.at, &path);
+            files.push(ExpertFile { path: file, place, documents, empty, unclaimed: 0 });
         }
         files
+    }
+
+    /// The documents of `file`, which the recipe names at `path`.
+    pub fn prompt_file(&mut self, at: Location, path: &str, file: &Path) -> Option<PromptFile> {
+        let reason = match PromptFile::read(file) {
+            Ok(read) => return Some(read),
+            Err(reason) => reason,
+        };
+        let found = reason.found.as_ref().map_or(String::new(), |f| format!(": {f}"));
+        let error = self.error(at, path, "the file of prompts cannot be used");
+        error.found = Some(format!("{}: {reason}{found}", reason.place()));
+        error.expected = reason
+            .expected
+            .or_else(|| Some("text in blocks divided by blank lines, `.jsonl` or `.json`".into()));
+        error.hint = reason.hint;
+        None
     }
 
     /// Leaves each expert those documents of its files that are not labelled as another expert's.

@@ -133,7 +133,7 @@ pub const MOE: &[Key] = &[
     key("generalist", Shape::Choice, "the base's own MLPs as one more expert, for tokens whose domain cannot be known yet").default("false"),
     key("sequential", Shape::Choice, "whether a layer's router is fitted to the stream of the merged model, routers before it in place").default("auto"),
     key("prompt_tokens", Shape::Integer(1), "tokens per expert that files of prompts may fill").default("20000"),
-    key("align", Shape::NameOr(&["refit", "distil"], "align"), "fit the experts' MLPs to the attention they now live behind, each with its dense model as teacher: `refit` layer by layer, `distil` with gradients through all layers").default("none: MLPs as they are"),
+    key("align", Shape::NameOr(&["refit", "distil", "joint"], "align"), "fit the experts' MLPs to the attention they now live behind, each with its dense model as teacher: `refit` layer by layer, `distil` with gradients through all layers, `joint` all of them with the routers").default("none: MLPs as they are"),
     key("pad", Shape::Any, "pad experts of different sizes").later(true, "all experts need the base's sizes"),
 ];
 
@@ -304,13 +304,31 @@ pub const ROW: &[Key] = &[
 pub const ALIGN: &[Key] = &[
     key(
         "method",
-        Shape::Name(|| vec!["refit", "distil"]),
-        "layer by layer, or with gradients through all layers after that",
+        Shape::Name(|| vec!["refit", "distil", "joint"]),
+        "`refit`: layer by layer; `distil`: then with gradients through all layers of one expert; `joint`: `refit`, then \
+         all experts together behind their routers, which learn too",
     )
     .default("refit"),
-    key("tokens", Shape::Integer(1), "tokens that each expert writes itself to be fitted on")
+    key("tokens", Shape::Integer(1), "tokens that each expert is fitted on, of all kinds")
         .default("16000"),
-    key("steps", Shape::Integer(1), "gradient steps of `distil`").default("400"),
+    key("data", Shape::Files, "files of text by expert, in any form of `prompts_file`")
+        .default("none"),
+    key("prompts", Shape::Bool, "fit on the expert's prompts, too").default("false"),
+    key("self_text", Shape::Bool, "each expert writes what is missing to `tokens` itself")
+        .default("true"),
+    key("steps", Shape::Integer(1), "gradient steps of `distil` and `joint` at most")
+        .default("400"),
+    key("rank", Shape::Integer(1), "`distil` and `joint` train factors of this rank (LoRA)")
+        .default("none: the matrices themselves"),
+    key(
+        "stream",
+        Shape::Scale,
+        "`distil` and `joint`: weight of the squared difference from the teacher's stream, as a share of it, beside the \
+         divergence from its predictions",
+    )
+    .default("0"),
+    key("state", Shape::Text, "folder, seen from the recipe, that keeps what is fitted: a build that was stopped goes on")
+        .default("none"),
 ];
 
 /// The object form of a model reference.

@@ -135,6 +135,10 @@ impl Weight for Mapped {
         self.inner.prepare()
     }
 
+    fn prepares_alone(&self) -> bool {
+        self.inner.prepares_alone()
+    }
+
     fn origin(&self) -> (PathBuf, String) {
         self.inner.origin()
     }

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor, Var};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::{FactorKind, FactorPair, FactorPlan, Factors, Part, TrainedFactors};
+use super::{Dropout, FactorKind, FactorPair, FactorPlan, Factors, Part, TrainedFactors};
 use crate::lora::{ExpertFactors, LoraFactors};
 
 /// A step of a router moves a logit by at most about so many times the learning rate, whatever the width.
@@ -61,6 +61,13 @@ impl FactorPair {
     }
 }
 
+/// Dropout of one projection of one layer.
+fn keyed(dropout: Dropout, layer: usize, part: Part) -> Dropout {
+    let mut random = ChaCha12Rng::seed_from_u64(dropout.key);
+    random.set_stream((layer as u64) << 8 | part as u64);
+    Dropout { key: random.next_u64(), ..dropout }
+}
+
 fn identity(size: usize) -> Vec<f32> {
     let mut rows = vec![0.0; size * size];
     rows.iter_mut().step_by(size + 1).for_each(|v| *v = 1.0);
@@ -100,7 +107,8 @@ impl Factors {
             let trains = pair.trains();
             let a = tensor(&pair.a, (pair.rank, pair.input), trains[0])?;
             let b = tensor(&pair.b, (pair.output, pair.rank), trains[1])?;
-            let lora = LoraFactors { a: a.clone(), b: b.clone(), scale: self.scale };
+            let (scale, dropout) = (self.scale, self.dropout.map(|d| keyed(d, layer, *part)));
+            let lora = LoraFactors { a: a.clone(), b: b.clone(), scale, dropout };
             match part {
                 Part::Gate => found.gate = Some(lora),
                 Part::Up => found.up = Some(lora),

@@ -22,16 +22,19 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+pub use moe_merge_kernels::Dropout;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 
+mod drawn;
 mod factors;
 pub mod optimise;
 #[cfg(test)]
 mod tests;
 mod trainee;
 
+pub use drawn::Drawn;
 pub use trainee::{Goal, Trainee};
 
 /// A projection of a gated MLP, or the row of its router that is one expert's.
@@ -66,6 +69,16 @@ pub enum Route {
     Natural,
     /// All, and no other expert, with the weight of a router that is certain.
     Forced,
+    /// All, among the experts that the router chooses, with the router's weights: where it is not chosen by itself, it takes
+    /// the place of the last one. What the model would compute if its routers sent every token there.
+    Always,
+}
+
+impl Route {
+    /// Its name: `natural`, `forced`, `always`.
+    pub fn name(self) -> &'static str {
+        ["natural", "forced", "always"][self as usize]
+    }
 }
 
 /// Factors beside one weight `[output, input]`: `w + scale b a`.
@@ -103,6 +116,9 @@ pub struct Factors {
     pub scale: f32,
     /// By layer and projection.
     pub pairs: BTreeMap<(usize, Part), FactorPair>,
+    /// What the next passes leave out of the inputs of `a`, the same in each of them; none outside of training. Every layer
+    /// and projection has a key of its own, made from this one.
+    pub dropout: Option<Dropout>,
 }
 
 /// Gradients of the factors, `[a, b]`; empty for one that is not trained.
@@ -153,6 +169,17 @@ impl Lesson {
         let scored = self.scored.iter().take(self.tokens.len()).enumerate();
         scored.skip(1).filter(|(_, s)| **s).map(|(at, _)| at)
     }
+}
+
+/// Loss of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchLoss {
+    /// Losses of the tokens that count, in the order of the lessons, in nats.
+    pub nats: Vec<f64>,
+    /// For each MoE layer: tokens that visited the expert.
+    pub visits: BTreeMap<usize, usize>,
+    /// Tokens of the batch.
+    pub tokens: usize,
 }
 
 /// Loss of a batch and its gradient.

@@ -151,7 +151,7 @@ mod tests {
             b: b.to_vec(),
             trained: TrainedFactors::Both,
         };
-        Factors { scale: 1.0, pairs: [((0, Part::Gate), pair)].into() }
+        Factors { scale: 1.0, pairs: [((0, Part::Gate), pair)].into(), dropout: None }
     }
 
     #[test]

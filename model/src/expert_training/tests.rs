@@ -55,8 +55,8 @@ fn check_factors(trainee: &Trainee, goal: &Goal<'_>, factors: &Factors) {
     let lessons: Vec<&Lesson> = lessons.iter().collect();
     let found = trainee.gradient(factors, &lessons, goal, 0.25, &mut || false).unwrap();
     let loss = |factors: &Factors| -> f64 {
-        let nats = trainee.losses(Some(factors), &lessons, goal, &mut || false).unwrap();
-        nats.iter().sum::<f64>() * 0.25
+        let found = trainee.losses(Some(factors), &lessons, goal, &mut || false).unwrap();
+        found.nats.iter().sum::<f64>() * 0.25
     };
     assert_eq!((found.scored, found.tokens), (10, 14));
     assert!((found.nats * 0.25 - loss(factors)).abs() < 1e-6, "{}", found.nats);
@@ -89,9 +89,45 @@ fn check_factors(trainee: &Trainee, goal: &Goal<'_>, factors: &Factors) {
 }
 
 #[test]
+fn an_expert_that_is_always_chosen_is_visited_by_all() {
+    let source = source(MOE);
+    let run = |route| {
+        let trainee = Trainee::open(&source, Some(1), route).unwrap();
+        let factors =
+            moved(trainee.factors(&plan(FactorKind::LowRank(1), 0..trainee.spec().layers.len())));
+        let lessons = lessons(trainee.spec().vocab);
+        let lessons: Vec<&Lesson> = lessons.iter().collect();
+        trainee.gradient(&factors, &lessons, &Goal::NextToken, 1.0, &mut || false).unwrap()
+    };
+    let [natural, forced, always] = [Route::Natural, Route::Forced, Route::Always].map(run);
+    assert!(natural.visits.values().any(|v| *v < 14), "{:?}", natural.visits);
+    assert!(always.visits.values().all(|v| *v == 14), "{:?}", always.visits);
+    assert!(always.nats != natural.nats && always.nats != forced.nats);
+}
+
+#[test]
+fn gradients_with_dropout_are_slopes_of_what_stays() {
+    for (folder, expert) in [(MOE, Some(1)), (DENSE, None)] {
+        let trainee = Trainee::open(&source(folder), expert, Route::Natural).unwrap();
+        let layers = trainee.spec().layers.len();
+        let plain = moved(trainee.factors(&plan(FactorKind::LowRank(2), 0..layers)));
+        let dropout = |key| Factors { dropout: Some(Dropout { share: 0.3, key }), ..plain.clone() };
+        check_factors(&trainee, &Goal::NextToken, &dropout(5));
+        let lessons = lessons(trainee.spec().vocab);
+        let lessons: Vec<&Lesson> = lessons.iter().collect();
+        let losses = |factors: &Factors| {
+            trainee.losses(Some(factors), &lessons, &Goal::NextToken, &mut || false).unwrap()
+        };
+        assert_eq!(losses(&dropout(5)), losses(&dropout(5)));
+        assert_ne!(losses(&dropout(5)), losses(&dropout(6)));
+        assert_ne!(losses(&dropout(5)), losses(&plain));
+    }
+}
+
+#[test]
 fn gradients_of_an_expert_are_slopes() {
     let source = source(MOE);
-    for route in [Route::Natural, Route::Forced] {
+    for route in [Route::Natural, Route::Forced, Route::Always] {
         let trainee = Trainee::open(&source, Some(1), route).unwrap();
         let layers = trainee.spec().layers.len();
         check(&trainee, &Goal::NextToken, FactorKind::LowRank(2), 0..layers);
@@ -131,7 +167,7 @@ fn gradients_towards_a_teacher_are_slopes() {
     let lessons = lessons(trainee.spec().vocab);
     let lessons: Vec<&Lesson> = lessons.iter().collect();
     let goal = Goal::Teacher(&trainee);
-    let same = trainee.losses(None, &lessons, &goal, &mut || false).unwrap();
+    let same = trainee.losses(None, &lessons, &goal, &mut || false).unwrap().nats;
     assert!(same.iter().all(|nats| nats.abs() < 1e-9), "{same:?}");
 }
 
@@ -144,7 +180,7 @@ fn losses_are_those_of_the_model() {
     let all: Vec<&Lesson> = lessons.iter().collect();
     // Factors before the first step change nothing.
     let start = trainee.factors(&plan(FactorKind::LowRank(2), 0..2));
-    let nats = trainee.losses(Some(&start), &all, &Goal::NextToken, &mut || false).unwrap();
+    let nats = trainee.losses(Some(&start), &all, &Goal::NextToken, &mut || false).unwrap().nats;
     let mut wanted = Vec::new();
     for lesson in &lessons {
         let mut cache = Cache::new(&model, lesson.tokens.len());

@@ -7,8 +7,8 @@ use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::{Exec, KernelError};
 
 use super::{
-    BatchGradient, FactorGradients, FactorPair, FactorPlan, Factors, GradientError, Lesson, Part,
-    Route,
+    BatchGradient, BatchLoss, FactorGradients, FactorPair, FactorPlan, Factors, GradientError,
+    Lesson, Part, Route,
 };
 use crate::error::ModelError;
 use crate::layer::{Adapted, Gating, Layer, OtherRouter, Passed, Past};
@@ -116,10 +116,10 @@ impl Trainee {
                 }
             }
         }
-        Factors { scale: plan.scale, pairs }
+        Factors { scale: plan.scale, pairs, dropout: None }
     }
 
-    /// Losses of the tokens that count, in the order of the lessons, in nats.
+    /// Losses of the tokens that count.
     ///
     /// # Errors
     /// [`GradientError`].
@@ -129,7 +129,7 @@ impl Trainee {
         lessons: &[&Lesson],
         goal: &Goal<'_>,
         interrupted: &mut Interrupted<'_>,
-    ) -> Result<Vec<f64>, GradientError> {
+    ) -> Result<BatchLoss, GradientError> {
         in_pool(|| self.losses_of(factors, lessons, goal, interrupted))
     }
 
@@ -139,11 +139,41 @@ impl Trainee {
         lessons: &[&Lesson],
         goal: &Goal<'_>,
         interrupted: &mut Interrupted<'_>,
-    ) -> Result<Vec<f64>, GradientError> {
+    ) -> Result<BatchLoss, GradientError> {
         let batch = self.batch(lessons)?;
         let places = Places::of(lessons);
-        let stream = self.forward(&batch, factors, interrupted, |_, _, _| ())?;
-        Ok(self.loss(&stream, &places, lessons, goal, None, interrupted)?.nats)
+        let mut visits = BTreeMap::new();
+        let stream = self.forward(&batch, factors, interrupted, |l, _, passed| {
+            visits.extend(self.visits(passed).map(|v| (l, v)));
+        })?;
+        let nats = self.loss(&stream, &places, lessons, goal, None, interrupted)?.nats;
+        Ok(BatchLoss { nats, visits, tokens: batch.positions.len() })
+    }
+
+    /// Tokens that visited the expert, in a MoE layer.
+    fn visits(&self, passed: &Passed) -> Option<usize> {
+        let (routing, expert) = (passed.routing.as_ref()?, self.expert? as u32);
+        Some(routing.ids.iter().filter(|id| **id == expert).count())
+    }
+
+    /// Shows of each MoE layer without factors: its number, what its router read `[tokens, hidden]`, its logits
+    /// `[tokens, experts]`, the expert.
+    pub(super) fn see_routers(
+        &self,
+        lessons: &[&Lesson],
+        interrupted: &mut Interrupted<'_>,
+        see: &mut (dyn FnMut(usize, &Tensor, &Tensor, usize) -> candle_core::Result<()> + Send),
+    ) -> Result<(), GradientError> {
+        in_pool(|| {
+            let batch = self.batch(lessons)?;
+            let mut seen = Ok(());
+            self.forward(&batch, None, interrupted, |l, _, passed| {
+                if let (Some(logits), Some(expert), Ok(())) = (&passed.logits, self.expert, &seen) {
+                    seen = see(l, &passed.mlp_input, logits, expert);
+                }
+            })?;
+            Ok(seen?)
+        })
     }
 
     /// Sum of the losses of the tokens that count, each times `weight`, and its gradient with respect to the factors.
@@ -177,10 +207,7 @@ impl Trainee {
             if l >= first {
                 kept.push(Kept { input: input.clone(), routed: passed.routed.clone() });
             }
-            if let (Some(routing), Some(expert)) = (&passed.routing, self.expert) {
-                let expert = expert as u32;
-                visits.insert(l, routing.ids.iter().filter(|id| **id == expert).count());
-            }
+            visits.extend(self.visits(passed).map(|v| (l, v)));
         })?;
         let weights = vec![weight; places.rows.len()];
         let losses = self.loss(&stream, &places, lessons, goal, Some(&weights), interrupted)?;
@@ -282,7 +309,10 @@ impl Trainee {
             (None, Some(weights), Some((moe, _))) => {
                 Gating::Weights(OtherRouter { weights, top_k: moe.router.top_k, known })
             }
-            _ => Gating::Stored,
+            _ => match self.expert.filter(|_| self.route == Route::Always) {
+                Some(expert) => Gating::Always(expert),
+                None => Gating::Stored,
+            },
         }
     }
 

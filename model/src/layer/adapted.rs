@@ -52,10 +52,13 @@ impl Layer {
             Feed::Moe(moe) => moe,
         };
         let (routing, weights, logits) = match gating {
-            Gating::Stored => self.routed(moe, moe.router.forward(x)?, moe.spec.router)?,
+            Gating::Stored => self.routed(moe, moe.router.forward(x)?, moe.spec.router, None)?,
+            Gating::Always(e) => {
+                self.routed(moe, moe.router.forward(x)?, moe.spec.router, Some(e))?
+            }
             Gating::Weights(OtherRouter { weights, top_k, .. }) => {
                 let rule = RouterSpec { top_k, ..moe.spec.router };
-                self.routed(moe, apply2(x, weights, RouterLogits)?, rule)?
+                self.routed(moe, apply2(x, weights, RouterLogits)?, rule, None)?
             }
             Gating::Forced(ids) => forced(ids, moe.spec.router.scale)?,
             Gating::Given(routing) => given(routing.clone())?,

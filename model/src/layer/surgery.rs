@@ -1,10 +1,13 @@
 //! One expert of a layer apart from everything else in it.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
+use moe_merge_kernels::Routing;
 
 use super::{Feed, Layer, add, add_shared};
 use crate::error::ModelError;
-use crate::ops::Expert;
+use crate::ops::{Expert, RouterLogits, apply2};
 use crate::spec::Spec;
 
 impl Layer {
@@ -17,6 +20,24 @@ impl Layer {
                 Some((moe.experts.get(expert)?, spec.residual_scale * moe.spec.router.scale))
             }
         }
+    }
+
+    /// The experts that a router with the weights `rows [experts, hidden]` chooses, and their weights `[tokens, top_k]`, through
+    /// which gradients flow to `rows` and to `mlp_input` if they are variables.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`]; a dense layer has nobody to choose from.
+    pub fn chosen(
+        &self,
+        mlp_input: &Tensor,
+        rows: &Tensor,
+    ) -> Result<(Arc<Routing>, Tensor), ModelError> {
+        let Feed::Moe(moe) = &self.mlp else {
+            return Err(candle_core::Error::msg("a dense layer has no router").into());
+        };
+        let logits = apply2(mlp_input, rows, RouterLogits)?;
+        let (routing, weights, _) = self.routed(moe, logits, moe.spec.router, None)?;
+        Ok((routing, weights))
     }
 
     /// The stream after the layer if its routed experts gave nothing, from what [`Layer::attended`] gave.

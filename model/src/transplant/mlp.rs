@@ -24,14 +24,22 @@ impl Mlp {
     pub fn of(expert: &Expert, activation: Activation) -> Result<Self, ModelError> {
         let view = expert.view()?;
         let (inter, hidden) = (view.gate.rows(), view.gate.cols());
-        let mut flat = vec![0.0; 3 * inter * hidden];
-        let parts = flat.chunks_exact_mut((inter * hidden).max(1));
+        let flat = vec![0.0; 3 * inter * hidden];
+        let mut mlp = Self { flat, hidden, inter, activation };
+        mlp.read(expert)?;
+        Ok(mlp)
+    }
+
+    /// Takes the numbers of `expert`, which has the same sizes.
+    pub fn read(&mut self, expert: &Expert) -> Result<(), ModelError> {
+        let view = expert.view()?;
+        let parts = self.flat.chunks_exact_mut((self.inter * self.hidden).max(1));
         for (part, matrix) in parts.zip([view.gate, view.up, view.down]) {
             for (row, out) in part.chunks_exact_mut(matrix.cols().max(1)).enumerate() {
                 matrix.widen_row(row, out);
             }
         }
-        Ok(Self { flat, hidden, inter, activation })
+        Ok(())
     }
 
     /// Where one of the three matrices lies.
@@ -75,8 +83,8 @@ impl Mlp {
         self.down(&self.activations(x)?)
     }
 
-    /// Gradients of `sum(d_out * forward(x))`: added to `weights` (laid out as `flat`); returned with respect to `x` where
-    /// `wanted`.
+    /// Gradients of `sum(d_out * forward(x))`: added to `weights` (laid out as `flat`, or empty where they are of no use);
+    /// returned with respect to `x` where `wanted`.
     pub fn backward(
         &self,
         x: &[f32],
@@ -86,14 +94,17 @@ impl Mlp {
     ) -> Result<Option<Vec<f32>>, ModelError> {
         let (mut gate, mut up) = (self.product(0, x)?, self.product(1, x)?);
         let mut a = gate.clone();
-        self.activation.gate(&mut a, &up);
-        let down = self.range(2);
-        linear_weight_backward(&a, d_out, &mut weights[down], self.shape(2), Into::Add)?;
+        if !weights.is_empty() {
+            self.activation.gate(&mut a, &up);
+            let down = self.range(2);
+            linear_weight_backward(&a, d_out, &mut weights[down], self.shape(2), Into::Add)?;
+        }
         // The gradient of the activations takes their place.
         let exec = Exec::default();
         linear_backward(d_out, self.view(2)?, &mut a, Into::Overwrite, &exec)?;
         self.activation.gate_backward(&mut gate, &mut up, &a);
-        for (matrix, d) in [(0, &gate), (1, &up)] {
+        let learns = !weights.is_empty();
+        for (matrix, d) in [(0, &gate), (1, &up)].into_iter().filter(|_| learns) {
             let into = &mut weights[self.range(matrix)];
             linear_weight_backward(x, d, into, self.shape(matrix), Into::Add)?;
         }

@@ -28,7 +28,9 @@ pub(crate) mod mlp;
 pub(crate) mod predictions;
 mod view;
 
-pub use distil::{Distillation, Distilled, distil};
+pub use distil::{
+    Distillation, DistillationState, Distilled, Matrices, Pupil, Told, Visits, distil,
+};
 use mlp::Mlp;
 use predictions::Predictions;
 pub use view::{LayerFit, See};
