@@ -137,12 +137,18 @@ fn regmean_is_the_formula_of_its_paper() {
         .unwrap();
     }
     for (layer, grams) in grams.iter().enumerate() {
-        let sum: Vec<Vec<f64>> = (0..hidden)
+        let mut sum: Vec<Vec<f64>> = (0..hidden)
             .map(|i| (0..hidden).map(|j| grams[0][i][j] + grams[1][i][j]).collect())
             .collect();
+        // The pull towards the mean, for what no text shows.
+        let pull = 1e-5 * (0..hidden).map(|i| sum[i][i]).sum::<f64>() / hidden as f64;
+        (0..hidden).for_each(|i| sum[i][i] += pull);
         for part in ["gate_proj", "up_proj"] {
             let name = format!("model.layers.{layer}.mlp.{part}.weight");
-            let mut right = vec![vec![0f64; hidden]; 6];
+            let [a, b] = [values(&sources[0], &name), values(&sources[1], &name)];
+            let mean = a.iter().zip(&b).map(|(a, b)| pull * f64::from(a + 3.0 * b) / 4.0);
+            let mean: Vec<f64> = mean.collect();
+            let mut right: Vec<Vec<f64>> = mean.chunks_exact(hidden).map(<[f64]>::to_vec).collect();
             for (source, gram) in sources.iter().zip(grams) {
                 for (row, w) in right.iter_mut().zip(values(source, &name).chunks_exact(hidden)) {
                     for (j, r) in row.iter_mut().enumerate() {
