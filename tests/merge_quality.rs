@@ -39,8 +39,11 @@ fn activations_keep_more_than_weights_alone() {
         }
     }
     let base = nats(&models.join("base"), &unseen);
-    let own: Vec<f64> =
-        DOMAINS.iter().zip(&unseen).map(|(d, t)| nats(&models.join(d), &[t.clone()])[0]).collect();
+    let own: Vec<f64> = DOMAINS
+        .iter()
+        .zip(&unseen)
+        .map(|(d, t)| nats(&models.join(d), std::slice::from_ref(t))[0])
+        .collect();
     // Share of the gain that is left, mean over the domains.
     let kept = |method: &str, keys: &str, text: bool| -> f64 {
         let mut recipe = format!("merge_method: {method}\n{keys}dtype: float32\nmodels:\n");

@@ -241,7 +241,7 @@ fn an_expert_goes_while_the_server_runs() {
         interrupt: Interrupt::default(),
     };
     let dropped = Edit::drop(asked).unwrap().run(&|_| {}).unwrap();
-    assert_eq!(dropped.generation, Some(1));
+    assert_eq!(dropped.change.generation, Some(1));
     until("generation 1", || live(&host) == 1);
     assert_ne!(text(&host).0, before);
     let status = admin(&host, "/admin/status").json();

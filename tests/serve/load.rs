@@ -36,7 +36,7 @@ fn swap(host: &Host, folder: &Path, generation: u32) {
         assert_eq!(found.json()["generation"], generation, "{}", found.text());
     } else {
         let asked = SwapRequest::new(&folder.display().to_string(), "2", &source);
-        assert_eq!(moe_merge_adapt::swap(&asked).unwrap().generation, Some(generation));
+        assert_eq!(moe_merge_adapt::swap(&asked).unwrap().change.generation, Some(generation));
     }
     until("the generation", || live(host) == generation);
 }
