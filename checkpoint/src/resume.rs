@@ -200,7 +200,7 @@ mod tests {
         let (weights, config) = (dir.path().join("w.safetensors"), dir.path().join("config.json"));
         fs::write(&weights, "w").unwrap();
         fs::write(&config, "{}").unwrap();
-        let of = |recipe: &[&[u8]]| Identity::new(recipe, &[weights.clone()]);
+        let of = |recipe: &[&[u8]]| Identity::new(recipe, std::slice::from_ref(&weights));
         let first = of(&[b"ab", b"c"]);
         assert_eq!(first, of(&[b"ab", b"c"]));
         assert_eq!(of(&[b"a", b"bc"]).differs(&first), "its recipe was another");

@@ -210,7 +210,11 @@ mod tests {
         (0..1003u32)
             .map(|i| {
                 let word = (i + seed).wrapping_mul(2_654_435_769) >> 7;
-                if word % 17 == 0 { 0.0 } else { (word as f32 / 1e6 - 16.0).powi(3) * 1e-3 }
+                if word.is_multiple_of(17) {
+                    0.0
+                } else {
+                    (word as f32 / 1e6 - 16.0).powi(3) * 1e-3
+                }
             })
             .collect()
     }
