@@ -1,11 +1,10 @@
 //! Factors: first values, and the way into a pass.
 
-use candle_core::{Device, Tensor, Var};
+use moe_merge_kernels::{ExpertLora, LoraPair};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::{FactorKind, FactorPair, FactorPlan, Factors, Part, TrainedFactors};
-use crate::lora::{ExpertFactors, LoraFactors};
 
 /// A step of a router moves a logit by at most about so many times the learning rate, whatever the width.
 const ROUTER_RATE: f32 = 64.0;
@@ -67,48 +66,20 @@ fn identity(size: usize) -> Vec<f32> {
     rows
 }
 
-/// The factors of one layer as tensors.
-pub(super) struct LayerFactors {
-    pub factors: ExpertFactors,
-    /// Tensors `a` and `b` of each pair, in the order of [`Part`].
-    pub tensors: Vec<(Part, [Tensor; 2])>,
-}
-
 impl Factors {
     /// Numbers that are trained.
     pub fn parameters(&self) -> usize {
         self.pairs.values().map(FactorPair::parameters).sum()
     }
 
-    /// Those of `layer`, if there are any; as variables where a gradient is wanted.
-    pub(super) fn of(
-        &self,
-        layer: usize,
-        expert: usize,
-        variables: bool,
-    ) -> candle_core::Result<Option<LayerFactors>> {
-        let mut found = ExpertFactors { expert, gate: None, up: None, down: None };
-        let mut tensors = Vec::new();
-        for ((_, part), pair) in self.pairs.range((layer, Part::Gate)..=(layer, Part::Down)) {
-            let tensor = |values: &[f32], shape: (usize, usize), trained: bool| {
-                let tensor = Tensor::from_slice(values, shape, &Device::Cpu)?;
-                match variables && trained {
-                    true => Ok(Var::from_tensor(&tensor)?.into_inner()),
-                    false => candle_core::Result::Ok(tensor),
-                }
-            };
-            let trains = pair.trains();
-            let a = tensor(&pair.a, (pair.rank, pair.input), trains[0])?;
-            let b = tensor(&pair.b, (pair.output, pair.rank), trains[1])?;
-            let lora = LoraFactors { a: a.clone(), b: b.clone(), scale: self.scale };
-            match part {
-                Part::Gate => found.gate = Some(lora),
-                Part::Up => found.up = Some(lora),
-                Part::Down => found.down = Some(lora),
-                Part::Router => continue,
-            }
-            tensors.push((*part, [a, b]));
-        }
-        Ok((!tensors.is_empty()).then_some(LayerFactors { factors: found, tensors }))
+    /// Those beside the projections of `layer`, if there are any.
+    pub(super) fn of(&self, layer: usize, expert: usize) -> Option<ExpertLora<'_>> {
+        let pair = |part| {
+            let FactorPair { rank, a, b, .. } = self.pairs.get(&(layer, part))?;
+            Some(LoraPair { a, b, rank: *rank, scale: self.scale })
+        };
+        let [gate, up, down] = Part::ALL.map(pair);
+        let some = gate.is_some() || up.is_some() || down.is_some();
+        some.then_some(ExpertLora { expert, gate, up, down })
     }
 }

@@ -40,9 +40,22 @@ impl Layer {
             Feed::Moe(moe) if moe.shared.is_some() => {
                 let nothing = mlp_input.zeros_like()?;
                 let out = add_shared(nothing, moe, spec.activation, mlp_input)?;
-                add(spec, x, out, None)
+                add(spec, x, &out, None)
             }
             _ => Ok(x.clone()),
         }
+    }
+
+    /// The gradient of [`Layer::without_experts`] with respect to `mlp_input`, added to `d_input`; that with respect to the stream
+    /// after attention is `d` itself.
+    pub fn without_experts_back(
+        &self,
+        spec: &Spec,
+        mlp_input: &Tensor,
+        d: &[f32],
+        d_input: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let trail = self.shared_trail(spec.activation, mlp_input)?;
+        self.shared_back(spec, trail, mlp_input, d, d_input)
     }
 }

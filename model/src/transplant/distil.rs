@@ -8,7 +8,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use moe_merge_checkpoint::{Source, WeightRef};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -19,7 +19,7 @@ use super::{Ending, Side, Student, go_together, missing};
 use crate::error::ModelError;
 use crate::layer::{Layer, Past};
 use crate::model::{Tables, embed};
-use crate::ops::{KnownGradient, tensor_like, to_vec};
+use crate::ops::{tensor_like, to_vec};
 use crate::probe::Batch;
 use crate::spec::Spec;
 
@@ -305,22 +305,17 @@ fn back(
     input: &Tensor,
     batch: &Batch,
     tables: &mut Tables<'_>,
-    d: Vec<f32>,
+    mut d: Vec<f32>,
     wanted: Input,
 ) -> Result<Option<Vec<f32>>, ModelError> {
-    let x = Var::from_tensor(input)?.into_inner();
     let table = tables.of(layer.rope());
-    let (after, h) = layer.attended(spec, &x, table, Past::None(&batch.rows))?;
+    let (trail, h) = layer.attended_trail(spec, input, table, Past::None(&batch.rows))?;
     let d_out: Vec<f32> = d.iter().map(|d| part.factor * d).collect();
     let d_h = part.mlp.backward(&to_vec(&h)?, &d_out, &mut part.gradient, wanted)?;
-    let Some(d_h) = d_h else { return Ok(None) };
-    let rest = layer.without_experts(spec, &after, &h)?;
-    let d = tensor_like(d, &rest)?;
-    let d_h = tensor_like(d_h, &h)?;
-    let root = (rest.apply_op1(KnownGradient(d))? + h.apply_op1(KnownGradient(d_h))?)?;
-    let gradient = root.backward()?.remove(&x);
-    let lost = || candle_core::Error::msg("no gradient reached a layer's input");
-    Ok(Some(to_vec(&gradient.ok_or_else(lost)?)?))
+    let Some(mut d_h) = d_h else { return Ok(None) };
+    layer.without_experts_back(spec, &h, &d, &mut d_h)?;
+    layer.attended_back(spec, &trail, (table, &batch.rows[..]), &d_h, &mut d)?;
+    Ok(Some(d))
 }
 
 fn rms(values: &[f32]) -> f32 {
