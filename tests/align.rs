@@ -174,6 +174,7 @@ fn text_of_the_user_is_fitted_on() {
         json!({"tokens": 2000, "data": {"math": math}, "prompts": true, "self_text": false});
     let report = build(given).json();
     let experts = report["align"]["experts"].as_array().unwrap();
+    assert_eq!(experts.len(), 2, "{report}");
     let tokens = |e: usize| experts[e]["tokens"].as_u64().unwrap();
     // The budget of one, held-out text apart, and the one prompt of the other.
     assert!((1200..2100).contains(&tokens(0)) && tokens(1) < 40, "{experts:?}");

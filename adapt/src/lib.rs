@@ -3,7 +3,7 @@
 //! ```no_run
 //! use moe_merge_adapt::{SwapRequest, rollback, swap};
 //! let report = swap(&SwapRequest::new("merged/moe", "rust", "models/better-rust"))?;
-//! println!("generation {:?}, {} bytes", report.generation, report.bytes_written);
+//! println!("generation {:?}, {} bytes", report.change.generation, report.change.bytes_written);
 //! rollback("merged/moe".as_ref(), None, Some("it was not better"), &Default::default())?;
 //! # Ok::<(), moe_merge_adapt::AdaptError>(())
 //! ```

@@ -230,5 +230,5 @@ fn a_dense_model_has_nothing_to_trace() {
         &mut never,
     )
     .unwrap_err();
-    assert!(error.to_string().contains("no routers"), "{error}");
+    assert!(error.to_string().contains("it has no experts"), "{error}");
 }
