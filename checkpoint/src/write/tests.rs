@@ -273,9 +273,7 @@ fn what_a_killed_run_left_is_gone_on_from_with_the_same_bytes() {
                 Staging::resume(&target, Replace::Never, &identity, Unfinished::TakeUp).unwrap();
             went_on += u64::from(staging.note().is_some());
             let (interrupt, seen) = (Interrupt::default(), AtomicU64::new(0));
-            let progress = |n| {
-                seen.fetch_add(n, Ordering::Relaxed);
-            };
+            let progress = |n| drop(seen.fetch_add(n, Ordering::Relaxed));
             let watch = Watch { interrupt: &interrupt, progress: &progress };
             let again = write_logged(staging.path(), &several(), staging.log(), watch).unwrap();
             assert_eq!(again, whole, "{bytes}");
