@@ -4,28 +4,20 @@
 //! bytes do not depend on the number of threads.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
 
 use moe_merge_kernels::{Dtype, cast};
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::error::CheckpointError;
 use crate::manifest::FileRecord;
 use crate::publish::{Interrupt, free_bytes};
-use crate::resume::{Log, Point};
 use crate::weight::WeightRef;
-
-mod compute;
-mod sync;
-
-pub(crate) use compute::by_blocks;
-use compute::{narrow_rows, not_finite};
-use sync::{Part, STEP, Syncer};
 
 /// Largest shard, in bytes of tensors: the usual default of the Hugging Face tools.
 pub const SHARD_LIMIT: u64 = 5_000_000_000;
@@ -121,30 +113,15 @@ pub fn write_shards(
     shards: &[ShardPlan],
     watch: Watch<'_>,
 ) -> Result<Vec<WrittenShard>, CheckpointError> {
-    write_logged(dir, shards, None, watch)
-}
-
-/// As [`write_shards`]; notes in `log` what has reached the disk, and goes on from what an earlier run noted there.
-///
-/// # Errors
-/// As [`write_shards`].
-pub fn write_logged(
-    dir: &Path,
-    shards: &[ShardPlan],
-    log: Option<&Log>,
-    watch: Watch<'_>,
-) -> Result<Vec<WrittenShard>, CheckpointError> {
     let results: Vec<Mutex<Option<WrittenShard>>> =
         shards.iter().map(|_| Mutex::default()).collect();
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let error: Mutex<Option<CheckpointError>> = Mutex::default();
-    let syncer = Syncer::new(log);
-    let work = |parts: Sender<Part>| {
+    let work = || {
         while let Some((i, shard)) =
             Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| shards.get(i).map(|s| (i, s)))
         {
-            let place = Place { dir, number: i, syncer: &syncer, parts: &parts };
-            match ShardWriter::write(place, shard, watch, &failed) {
+            match ShardWriter::write(dir, i, shard, watch, &failed) {
                 Ok(written) => *lock(&results[i]) = Some(written),
                 Err(e) => {
                     // The first to fail tells why; the others then stop on its behalf.
@@ -160,17 +137,48 @@ pub fn write_logged(
     // that writes while another waits for the disk.
     let writers = (rayon::current_num_threads() + 1).min(shards.len());
     std::thread::scope(|scope| {
-        let (sender, parts) = channel();
-        scope.spawn(|| syncer.run(parts));
         for _ in 0..writers {
-            let sender = sender.clone();
-            scope.spawn(|| work(sender));
+            scope.spawn(work);
         }
     });
     if let Some(e) = lock(&error).take() {
         return Err(with_numbers(e, dir, shards));
     }
     Ok(results.into_iter().filter_map(|r| r.into_inner().ok().flatten()).collect())
+}
+
+/// Rows as bytes, in order: a few blocks at a time, each block on a thread of its own.
+///
+/// * `[rows, cols]` of the tensor, `width` bytes of a row
+/// * `fill` writes some rows; `put` takes what several blocks gave
+pub(crate) fn by_blocks(
+    [rows, cols]: [usize; 2],
+    width: usize,
+    scratch: &mut Vec<u8>,
+    fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), CheckpointError> + Sync,
+    mut put: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    if rows * cols == 0 {
+        return Ok(());
+    }
+    let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
+    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 4);
+    scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
+    for from in (0..rows).step_by(batch_rows) {
+        let to = rows.min(from + batch_rows);
+        let out = &mut scratch[..(to - from) * width];
+        let done: Vec<Result<(), CheckpointError>> = out
+            .par_chunks_mut(block_rows * width)
+            .enumerate()
+            .map(|(i, out)| {
+                let start = from + i * block_rows;
+                fill(start..start + out.len() / width, out)
+            })
+            .collect();
+        done.into_iter().collect::<Result<(), _>>()?;
+        put(out)?;
+    }
+    Ok(())
 }
 
 /// A lock whose holder cannot panic half way.
@@ -234,31 +242,11 @@ pub fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileRecord, Ch
 /// enough to stay in the second-level cache between the check, the hash and the copy.
 const CHUNK: usize = 1 << 20;
 
-/// Where a shard is written.
-#[derive(Clone, Copy)]
-struct Place<'a> {
-    dir: &'a Path,
-    /// Number of the shard.
-    number: usize,
-    syncer: &'a Syncer<'a>,
-    parts: &'a Sender<Part>,
-}
-
-impl Place<'_> {
-    /// The name it has while it grows.
-    fn growing(&self) -> String {
-        format!(".shard-{}.partial", self.number)
-    }
-}
-
 struct ShardWriter<'a> {
-    place: Place<'a>,
     file: File,
     path: PathBuf,
     hasher: blake3::Hasher,
     size: u64,
-    /// Bytes that were sent to the disk.
-    sent: u64,
     watch: Watch<'a>,
     stop: &'a AtomicBool,
     /// Output bytes of a few blocks of computed rows.
@@ -267,113 +255,38 @@ struct ShardWriter<'a> {
 
 impl<'a> ShardWriter<'a> {
     fn write(
-        place: Place<'a>,
+        dir: &Path,
+        number: usize,
         shard: &ShardPlan,
         watch: Watch<'a>,
         stop: &'a AtomicBool,
     ) -> Result<WrittenShard, CheckpointError> {
-        let mut tensors: Vec<&OutTensor> = shard.tensors.iter().collect();
-        tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then(a.name.cmp(&b.name)));
-        let header = header(&tensors);
-        let mut writer = match Self::take_up(place, &header, watch, stop)? {
-            Some(writer) => writer,
-            None => Self::create(place, watch, stop)?,
+        let path = match &shard.name {
+            ShardName::Fixed(name) => dir.join(name),
+            ShardName::ByContent(_) => dir.join(format!(".shard-{number}.partial")),
         };
-        // What an earlier run had written ends where a tensor does.
-        let mut end = header.len() as u64;
-        let there = |t: &&&OutTensor| {
-            end += t.size();
-            end <= writer.size
-        };
-        let done = tensors.iter().take_while(there).count();
-        if writer.size == 0 {
-            writer.put(&header)?;
-        }
-        for run in compute::runs(&tensors[done..]) {
-            match run {
-                [tensor] => match compute::stored(tensor) {
-                    Some(bytes) => writer.stored(tensor, bytes)?,
-                    None => writer.computed(tensor)?,
-                },
-                several => writer.together(several)?,
-            }
-            run.iter().for_each(|t| t.weight.release());
-            writer.send()?;
-        }
-        writer.finish(shard, &tensors)
-    }
-
-    fn create(
-        place: Place<'a>,
-        watch: Watch<'a>,
-        stop: &'a AtomicBool,
-    ) -> Result<Self, CheckpointError> {
-        let path = place.dir.join(place.growing());
         let file =
             File::create_new(&path).map_err(|e| CheckpointError::io("creating", &path, e))?;
-        let (hasher, scratch) = (blake3::Hasher::new(), Vec::new());
-        Ok(Self { place, file, path, hasher, size: 0, sent: 0, watch, stop, scratch })
-    }
-
-    /// Goes on with the file that an earlier run has left, if it is what that run noted.
-    fn take_up(
-        place: Place<'a>,
-        header: &[u8],
-        watch: Watch<'a>,
-        stop: &'a AtomicBool,
-    ) -> Result<Option<Self>, CheckpointError> {
-        let Some(point) = place.syncer.earlier(place.number) else { return Ok(None) };
-        let before = place.dir.join(&point.file);
-        let path = place.dir.join(place.growing());
-        let failed = |e| CheckpointError::io("reading what an earlier run had written", &before, e);
-        let Ok(mut file) = File::options().read(true).write(true).open(&before) else {
-            return Ok(None);
+        let mut writer = Self {
+            file,
+            path,
+            hasher: blake3::Hasher::new(),
+            size: 0,
+            watch,
+            stop,
+            scratch: Vec::new(),
         };
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; CHUNK];
-        let (mut size, mut same) = (0, true);
-        while size < point.bytes {
-            watch.interrupt.check()?;
-            let wanted = (point.bytes - size).min(CHUNK as u64) as usize;
-            let read = file.read(&mut buffer[..wanted]).map_err(failed)?;
-            if read == 0 {
-                break;
+        let mut tensors: Vec<&OutTensor> = shard.tensors.iter().collect();
+        tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then(a.name.cmp(&b.name)));
+        writer.put(&header(&tensors))?;
+        for tensor in &tensors {
+            match (tensor.weight.bytes(), tensor.weight.dtype() == tensor.dtype) {
+                (Some(bytes), true) => writer.stored(tensor, bytes)?,
+                _ => writer.computed(tensor)?,
             }
-            hasher.update(&buffer[..read]);
-            let from = (size as usize).min(header.len());
-            let expected = &header[from..(from + read).min(header.len())];
-            same &= buffer.starts_with(expected);
-            size += read as u64;
+            tensor.weight.release();
         }
-        if !same || size != point.bytes || hasher.finalize().to_hex().as_str() != point.blake3 {
-            fs::remove_file(&before).map_err(failed)?;
-            return Ok(None);
-        }
-        file.set_len(size).map_err(failed)?;
-        fs::rename(&before, &path).map_err(failed)?;
-        (watch.progress)(size);
-        let scratch = Vec::new();
-        Ok(Some(Self { place, file, path, hasher, size, sent: size, watch, stop, scratch }))
-    }
-
-    /// Sends what is new to the disk, if it is much.
-    fn send(&mut self) -> Result<(), CheckpointError> {
-        if self.size - self.sent < STEP {
-            return Ok(());
-        }
-        self.place.syncer.check(self.place.number)?;
-        let file =
-            self.file.try_clone().map_err(|e| CheckpointError::io("writing", &self.path, e))?;
-        let point = self.point(self.place.growing());
-        // Nobody takes it only when all shards are written.
-        let _ = self.place.parts.send(Part { file, path: self.path.clone(), point });
-        self.sent = self.size;
-        Ok(())
-    }
-
-    fn point(&self, file: String) -> Point {
-        let blake3 = self.hasher.finalize().to_hex().to_string();
-        Point { shard: self.place.number, file, bytes: self.size, blake3 }
+        writer.finish(dir, shard, &tensors)
     }
 
     /// Bytes that are in a file as they have to be.
@@ -399,15 +312,6 @@ impl<'a> ShardWriter<'a> {
         });
         self.scratch = scratch;
         done
-    }
-
-    /// The same for several small tensors.
-    fn together(&mut self, tensors: &[&OutTensor]) -> Result<(), CheckpointError> {
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let bytes = compute::together(tensors, &mut scratch)?;
-        bytes.chunks(CHUNK).try_for_each(|chunk| self.put(chunk))?;
-        self.scratch = scratch;
-        Ok(())
     }
 
     fn put(&mut self, chunk: &[u8]) -> Result<(), CheckpointError> {
@@ -442,24 +346,27 @@ impl<'a> ShardWriter<'a> {
 
     fn finish(
         self,
+        dir: &Path,
         shard: &ShardPlan,
         tensors: &[&OutTensor],
     ) -> Result<WrittenShard, CheckpointError> {
         // Publishing needs the bytes on the disk: here the wait overlaps with the writing of other shards.
         self.file.sync_data().map_err(|e| CheckpointError::io("writing", &self.path, e))?;
-        self.place.syncer.check(self.place.number)?;
-        let mut point = self.point(String::new());
-        point.file = match &shard.name {
+        let blake3 = self.hasher.finalize().to_hex().to_string();
+        let name = match &shard.name {
             ShardName::Fixed(name) => name.clone(),
-            ShardName::ByContent(stem) => format!("{stem}-{}.safetensors", &point.blake3[..8]),
+            ShardName::ByContent(stem) => {
+                let name = format!("{stem}-{}.safetensors", &blake3[..8]);
+                let to = dir.join(&name);
+                fs::rename(&self.path, &to)
+                    .map_err(|e| CheckpointError::io("naming a shard", &to, e))?;
+                name
+            }
         };
-        let to = self.place.dir.join(&point.file);
-        fs::rename(&self.path, &to).map_err(|e| CheckpointError::io("naming a shard", &to, e))?;
-        self.place.syncer.note(&point);
         let mut names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         names.sort();
         Ok(WrittenShard {
-            file: FileRecord { name: point.file, size: point.bytes, blake3: point.blake3 },
+            file: FileRecord { name, size: self.size, blake3 },
             tensors: names,
             tensor_bytes: tensors.iter().map(|t| t.size()).sum(),
         })
@@ -493,6 +400,40 @@ fn header(tensors: &[&OutTensor]) -> Vec<u8> {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.append(&mut json);
     header
+}
+
+/// Computes `rows` and rounds them into `out`.
+fn narrow_rows(
+    tensor: &OutTensor,
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<(), CheckpointError> {
+    let cols = tensor.weight.cols();
+    let first = rows.start * cols;
+    let mut values = vec![0.0; rows.len() * cols];
+    tensor.weight.read_rows(rows, &mut values)?;
+    cast::narrow(&values, tensor.dtype, out);
+    let Some(at) = cast::first_non_finite(out, tensor.dtype) else { return Ok(()) };
+    if !values[at].is_finite() {
+        return Err(not_finite(tensor, first + at));
+    }
+    let (file, name) = tensor.weight.origin();
+    Err(CheckpointError::Malformed {
+        what: format!("a number is too large for {}", tensor.dtype.config_name()),
+        file,
+        tensor: Some(name),
+        expected: match tensor.dtype {
+            Dtype::F16 => "at most 65504 in magnitude".into(),
+            _ => "at most 3.38e38 in magnitude".into(),
+        },
+        found: format!("{} at flat index {}", values[at], first + at),
+        hint: Some("write `dtype: bfloat16` or `float32`".into()),
+    })
+}
+
+fn not_finite(tensor: &OutTensor, index: usize) -> CheckpointError {
+    let (file, name) = tensor.weight.origin();
+    CheckpointError::NotFinite { file, tensor: name, index }
 }
 
 #[cfg(test)]

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging, Unfinished};
+use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
 use moe_merge_checkpoint::write::Watch;
-use moe_merge_checkpoint::{Identity, Source, SourceRef};
+use moe_merge_checkpoint::{Source, SourceRef};
 use moe_merge_model::{Placement, Tokenizer};
 use moe_merge_router::Method;
 use serde::Serialize;
@@ -42,21 +42,12 @@ pub struct BuildOptions {
     pub out: Option<PathBuf>,
     /// What to do if it is there.
     pub replace: Replace,
-    /// What to do with what a killed run has left of it.
-    pub unfinished: Unfinished,
     /// How experts lie on disk.
     pub layout: Layout,
     /// Raised to stop.
     pub interrupt: Interrupt,
     /// Where evaluation text is scored. What is written is computed on the processor, the same wherever it is built.
     pub placement: Placement,
-}
-
-impl BuildOptions {
-    /// Prepares to write `target`, which is of the make `identity`.
-    fn staging(&self, target: &Path, identity: &Identity) -> Result<Staging, MergeError> {
-        Ok(Staging::resume(target, self.replace, identity, self.unfinished)?)
-    }
 }
 
 /// A part of a build that takes time.
@@ -381,8 +372,7 @@ impl Prepared {
     /// # Errors
     /// [`MergeError`]; then there is no output, unless evaluating failed after it was published.
     pub fn build(mut self, observer: &dyn Observer) -> Result<BuildReport, MergeError> {
-        let staging = self.options.staging(&self.target, &self.identity())?;
-        let taken_up = staging.note();
+        let staging = Staging::new(&self.target, self.options.replace)?;
         staging.need(self.plan.disk_bytes)?;
         self.provenance.name =
             self.target.file_name().map_or("moe".into(), |n| n.to_string_lossy().into_owned());
@@ -422,7 +412,6 @@ impl Prepared {
         seconds.evaluate = clock.elapsed().as_secs_f64();
 
         let mut warnings = std::mem::take(&mut self.plan.warnings);
-        warnings.extend(taken_up);
         warnings.extend(std::mem::take(&mut self.notes));
         warnings.extend(routers.notes);
         warnings.extend(degenerate_line(&routers.degenerate));
@@ -441,16 +430,6 @@ impl Prepared {
             seconds,
             warnings,
         })
-    }
-
-    /// What the output is made of.
-    fn identity(&self) -> Identity {
-        let text = self.provenance.recipe.as_deref().unwrap_or_default();
-        let texts = format!("{:?} {:?} {:?}", self.options.layout, self.experts, self.shared);
-        let sources = self.assembly.sources();
-        let sources = sources.iter().map(|(_, s)| *s).chain(&self.originals);
-        let files: Vec<PathBuf> = sources.flat_map(|s| s.files.iter().cloned()).collect();
-        Identity::new(&[text.as_bytes(), texts.as_bytes()], &files)
     }
 
     fn names(&self) -> Vec<String> {

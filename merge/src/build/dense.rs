@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use moe_merge_checkpoint::publish::Staging;
 use moe_merge_checkpoint::write::Watch;
-use moe_merge_checkpoint::{Dtype, Identity, Source, WeightRef};
+use moe_merge_checkpoint::{Dtype, Source, WeightRef};
 use serde::Serialize;
 
 use super::{BuildOptions, Observer, RecipeText, Stage};
@@ -89,10 +90,7 @@ impl PreparedDense {
     /// [`MergeError`]; then there is no output.
     pub fn build(mut self, observer: &dyn Observer) -> Result<DenseReport, MergeError> {
         let clock = Instant::now();
-        let text = self.provenance.recipe.as_deref().unwrap_or_default();
-        let identity = Identity::new(&[text.as_bytes()], &self.source.files);
-        let staging = self.options.staging(&self.target, &identity)?;
-        let taken_up = staging.note();
+        let staging = Staging::new(&self.target, self.options.replace)?;
         self.provenance.name =
             self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
         let texts = match self.fitting.take() {
@@ -118,7 +116,7 @@ impl PreparedDense {
             matched_experts: self.matched_experts,
             texts,
             seconds: clock.elapsed().as_secs_f64(),
-            warnings: taken_up.into_iter().chain(self.source.notes.clone()).collect(),
+            warnings: self.source.notes.clone(),
         })
     }
 }
