@@ -364,8 +364,10 @@ fn a_teacher_says_what_is_learnt() {
     assert!(after < 0.95 * before && after > 0.0, "{told}");
 
     let expert = ["--expert", "prose", "--route", "forced", "--apply", "--teacher", &at("code")];
-    for extra in [&[][..], &["--full"]] {
-        let told = report(&train(&folder, &[&expert[..], extra].concat()));
+    for (extra, rate) in [(&[][..], "0.005"), (&["--full"], "0.0005")] {
+        let more = [&["--data", &data, "--hold-out", "0.2"], &expert[..], extra].concat();
+        let how = [&more[..], &SHORT[..6], &["--learning-rate", rate]].concat();
+        let told = report(&finetune(&folder, &how));
         let [before, after] = losses(&told);
         assert!(after < before, "{told}");
     }

@@ -83,7 +83,8 @@ impl Prompts {
             SharedGate::Computed => recipe.shared_experts.as_slice(),
             SharedGate::Absent => &[],
         };
-        if matches!(method, Method::Seed(_)) {
+        let fitted_on = recipe.align.as_ref().is_some_and(|a| a.prompts);
+        if matches!(method, Method::Seed(_)) && !fitted_on {
             // Only the number of experts counts.
             let none = |n| vec![TokenPrompts::default(); n];
             let (experts, shared) = (none(recipe.experts.len()), none(shared_experts.len()));
