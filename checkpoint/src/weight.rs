@@ -54,12 +54,6 @@ pub trait Weight: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Whether [`Weight::prepare`] may be called on a thread of the pool: it keeps to that thread, and holds nothing that
-    /// other weights wait for. Then several weights are prepared at once.
-    fn prepares_alone(&self) -> bool {
-        true
-    }
-
     /// Tells that it will not be read again soon, so that its pages may leave memory.
     fn release(&self) {}
 }
@@ -310,11 +304,6 @@ impl Weight for RowSlice {
         self.inner.prepare()
     }
 
-    fn prepares_alone(&self) -> bool {
-        // Slices of one weight wait for each other.
-        false
-    }
-
     fn release(&self) {
         self.inner.release();
     }
@@ -366,10 +355,6 @@ impl Weight for Retyped {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
-    }
-
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
     }
 
     fn release(&self) {
@@ -433,10 +418,6 @@ impl Weight for PermutedRows {
         self.inner.prepare()
     }
 
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
-    }
-
     fn release(&self) {
         self.inner.release();
     }
@@ -498,10 +479,6 @@ impl Weight for Stacked {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.parts.iter().try_for_each(|p| p.prepare())
-    }
-
-    fn prepares_alone(&self) -> bool {
-        self.parts.iter().all(|p| p.prepares_alone())
     }
 
     fn release(&self) {

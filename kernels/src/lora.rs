@@ -363,4 +363,4 @@ fn outer(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

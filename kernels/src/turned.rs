@@ -258,19 +258,10 @@ fn none(pair: LoraPair<'_>) -> LoraGradients {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::tests::{bytes, numbers};
     use crate::{
-        Activation, Isa, RouterSpec, cast, moe_backward, moe_backward_lora, moe_forward_lora, route,
+        Activation, Isa, RouterSpec, moe_backward, moe_backward_lora, moe_forward_lora, route,
     };
-
-    fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0).collect()
-    }
-
-    fn bytes(n: usize, seed: usize) -> Vec<u8> {
-        let mut bytes = vec![0; 2 * n];
-        cast::narrow(&numbers(n, seed), Dtype::BF16, &mut bytes);
-        bytes
-    }
 
     fn fast() -> Option<Exec> {
         let exec = Exec { isa: Isa::Avx512Bf16, ..Exec::fast() };

@@ -155,10 +155,6 @@ impl Weight for Adjusted {
         self.inner.prepare()
     }
 
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
-    }
-
     fn release(&self) {
         self.inner.release();
     }
@@ -219,10 +215,6 @@ impl Weight for SideBySide {
         self.parts.iter().try_for_each(|p| p.prepare())
     }
 
-    fn prepares_alone(&self) -> bool {
-        self.parts.iter().all(|p| p.prepares_alone())
-    }
-
     fn release(&self) {
         self.parts.iter().for_each(|p| p.release());
     }
@@ -268,10 +260,6 @@ impl Weight for Rounded {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
-    }
-
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
     }
 
     fn release(&self) {

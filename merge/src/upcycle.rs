@@ -378,11 +378,6 @@ impl Weight for Variant {
         self.facts().map(|_| ())
     }
 
-    fn prepares_alone(&self) -> bool {
-        // Copies of one weight share what is known about it.
-        false
-    }
-
     fn release(&self) {
         self.inner.release();
     }

@@ -60,21 +60,12 @@ fn mixed(key: u64, at: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::tests::{bytes, numbers};
     use crate::view::MatView;
     use crate::{
-        Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, Routing, cast, lora_linear,
+        Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, Routing, lora_linear,
         lora_linear_backward, moe_backward_lora, moe_forward_lora,
     };
-
-    fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0).collect()
-    }
-
-    fn bytes(n: usize, seed: usize) -> Vec<u8> {
-        let mut bytes = vec![0; 2 * n];
-        cast::narrow(&numbers(n, seed), Dtype::BF16, &mut bytes);
-        bytes
-    }
 
     fn dot(a: &[f32], b: &[f32]) -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()

@@ -1,8 +1,15 @@
 use super::*;
 use crate::{Dtype, RouterSpec, cast, route, route_backward};
 
-fn numbers(n: usize, seed: usize) -> Vec<f32> {
+pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0).collect()
+}
+
+/// The same in bf16.
+pub(crate) fn bytes(n: usize, seed: usize) -> Vec<u8> {
+    let mut bytes = vec![0; 2 * n];
+    cast::narrow(&numbers(n, seed), Dtype::BF16, &mut bytes);
+    bytes
 }
 
 fn wide(x: &[f32]) -> Vec<f64> {

@@ -110,11 +110,6 @@ impl Combine for Matrices {
         if self.matrix { self.merged(inputs).map(|_| ()) } else { Ok(()) }
     }
 
-    fn prepares_alone(&self) -> bool {
-        // Singular values are found by all threads, of one matrix at a time.
-        !self.matrix
-    }
-
     fn rows(
         &self,
         inputs: &[WeightRef],

@@ -59,11 +59,6 @@ pub trait Combine: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Whether [`Combine::prepare`] keeps to a thread of the pool that calls it, and needs little memory.
-    fn prepares_alone(&self) -> bool {
-        true
-    }
-
     /// Forgets what was found, if it takes memory that counts.
     fn release(&self) {}
 
@@ -147,10 +142,6 @@ impl Weight for Merged {
         self.combine.prepare(&self.inputs)
     }
 
-    fn prepares_alone(&self) -> bool {
-        self.combine.prepares_alone() && self.inputs.iter().all(|w| w.prepares_alone())
-    }
-
     fn origin(&self) -> (PathBuf, String) {
         (self.recipe.clone(), self.name.clone())
     }
@@ -192,10 +183,6 @@ impl Weight for Cast {
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()
-    }
-
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
     }
 
     fn origin(&self) -> (PathBuf, String) {

@@ -135,10 +135,6 @@ impl Weight for Mapped {
         self.inner.prepare()
     }
 
-    fn prepares_alone(&self) -> bool {
-        self.inner.prepares_alone()
-    }
-
     fn origin(&self) -> (PathBuf, String) {
         self.inner.origin()
     }
