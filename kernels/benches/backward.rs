@@ -12,7 +12,7 @@ use limits::shapes::{
     Blocks, EXPERTS, HIDDEN, INTER, TOP_K, expert_flops, matrix, numbers, variants,
 };
 use limits::{Bar, Bench, Clock, GFLOPS, Side, pool, threads_text, two_threads};
-use moe_merge_kernels::{Activation, Dtype, dense, linear_backward, moe_backward};
+use moe_merge_kernels::{Activation, Dtype, MoeBlock, dense, linear_backward};
 
 const TOKENS: usize = 512;
 
@@ -41,7 +41,7 @@ fn layer(bench: &mut Bench, dtype: Dtype, rows: usize, cols: usize, threads: usi
     );
 }
 
-/// Gradients of input and routing weights, gate and up computed again: five products for the forward pass's three.
+/// Gradients of input and routing weights, with gate and up of the way forward: five products for its three.
 fn block(bench: &mut Bench, threads: usize) {
     let variant = variants()[0];
     let blocks = Blocks::new(1);
@@ -55,8 +55,10 @@ fn block(bench: &mut Bench, threads: usize) {
     let mut sides = [
         Side::new(5.0 / 3.0 * expert_flops(TOKENS * TOP_K), || {
             let d_x = Some(black_box(&mut d_x[..]));
-            let silu = Activation::Silu;
-            let run = || moe_backward(&x, &routing, &experts, silu, &d_out, d_x, &variant.exec);
+            let (routing, exec) = (&routing, &variant.exec);
+            let (activation, lora) = (Activation::Silu, None);
+            let block = MoeBlock { x: &x, routing, experts: &experts, activation, lora, exec };
+            let run = || block.backward(block.inner()?, &d_out, d_x);
             black_box(pool.install(run).expect("sizes fit"));
         }),
         Side::new(limit.flops * threads as f64, || pool.install(|| limit.run())),

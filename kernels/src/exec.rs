@@ -63,11 +63,16 @@ impl Isa {
         }
     }
 
-    /// The richest one that this processor has.
+    /// The fastest one of this processor.
+    ///
+    /// Its richest, but on Intel's, which do one dot product of AVX512-BF16 in the time of four multiply-adds of AVX-512:
+    /// half of what those do (measured on Sapphire Rapids; AMD's do one in the time of one).
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
-            Isa::ALL.into_iter().rev().find(|isa| isa.available()).unwrap_or(Isa::Portable)
+            let fast = |isa: &Isa| *isa != Isa::Avx512Bf16 || !made_by(b"GenuineIntel");
+            let mut sets = Isa::ALL.into_iter().rev().filter(fast);
+            sets.find(|isa| isa.available()).unwrap_or(Isa::Portable)
         })
     }
 
@@ -98,6 +103,18 @@ impl Isa {
             }),
         }
     }
+}
+
+/// Whether the processor says that it is this vendor's.
+#[cfg(target_arch = "x86_64")]
+fn made_by(vendor: &[u8; 12]) -> bool {
+    let found = std::arch::x86_64::__cpuid(0);
+    [found.ebx, found.edx, found.ecx].map(u32::to_le_bytes).as_flattened() == vendor
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn made_by(_: &[u8; 12]) -> bool {
+    false
 }
 
 /// How activations enter products with 16-bit weights.

@@ -24,16 +24,16 @@ pub mod cast;
 pub mod cuda;
 pub mod dense;
 pub mod dispatch;
-mod dispatch_backward;
 mod eigen;
 pub mod elementwise;
 mod env;
 mod error;
 mod exec;
-mod expert;
 mod linear;
 mod linear_backward;
 mod lora;
+mod lora_backward;
+mod moe_block;
 mod norm;
 mod panel;
 mod product;
@@ -56,17 +56,15 @@ pub use attention::{AttentionSpec, KeptNumber, KeyValues, attention, attention_l
 pub use attention_backward::{AttentionGradients, attention_backward};
 pub use cast::Dtype;
 pub use dispatch::{ExpertView, Groups, group, moe_forward};
-pub use dispatch_backward::moe_backward;
 pub use eigen::{Eigen, symmetric_eigen};
 pub use env::calm_candle;
 pub use error::KernelError;
 pub use exec::{Accuracy, Batching, Exec, ISA_VARIABLE, Isa};
 pub use linear::linear;
 pub use linear_backward::{linear_backward, linear_weight_backward};
-pub use lora::{
-    Dropout, ExpertLora, LoraGradients, LoraPair, MoeLoraGradients, lora_linear,
-    lora_linear_backward, moe_backward_lora, moe_forward_lora,
-};
+pub use lora::{Dropout, ExpertLora, LoraPair, lora_linear};
+pub use lora_backward::{LoraGradients, lora_linear_backward};
+pub use moe_block::{MoeBlock, MoeGradients, MoeInner};
 pub use norm::{LogSumExp, rms_norm, rms_norm_backward, softmax};
 pub use rope::{RopePairing, RopeScaling, RopeSpec, RopeTable};
 pub use routing::{Precision, RouterSpec, Routing, Score, route, route_always};

@@ -54,21 +54,47 @@ pub fn linear_backward(
     if dx.is_empty() {
         return Ok(());
     }
-    if turned::worth(w, tokens, exec) && exec.batching != Batching::Together {
-        return turned::product(dy, w, dx, into, exec);
-    }
-    let shared = tokens * m * k >= ALONE_BELOW;
     if tokens < BLOCKS_FROM && exec.batching != Batching::Together {
-        stream(dy, tokens, w, exec, shared, dx, into);
+        stream(dy, tokens, w, exec, tokens * m * k >= ALONE_BELOW, dx, into);
         return Ok(());
     }
-    let across = k.div_ceil(COLS);
+    shares_backward(&[Share { rows: 0..tokens, w }], dy, dx, into, exec)
+}
+
+/// Some rows of `dy` and `dx`, and the weight that is theirs.
+pub(crate) struct Share<'a> {
+    pub rows: Range<usize>,
+    pub w: MatView<'a>,
+}
+
+/// As [`linear_backward`], with a weight for each of some runs of rows, all of one shape; sizes are checked.
+pub(crate) fn shares_backward(
+    shares: &[Share<'_>],
+    dy: &[f32],
+    dx: &mut [f32],
+    into: Into,
+    exec: &Exec,
+) -> Result<(), KernelError> {
+    let (m, k) = shares.first().map_or((0, 0), |share| (share.w.rows(), share.w.cols()));
+    let turn = exec.batching != Batching::Together;
+    let (turned, blocks): (Vec<_>, Vec<_>) =
+        shares.iter().partition(|share| turn && turned::worth(share.w, share.rows.len(), exec));
+    for Share { rows, w } in turned {
+        let (dy, dx) = (&dy[rows.start * m..rows.end * m], &mut dx[rows.start * k..rows.end * k]);
+        turned::product(dy, *w, dx, into, exec)?;
+    }
+    let tasks: Vec<_> = blocks
+        .iter()
+        .flat_map(|share| share.rows.clone().step_by(TOKENS).map(move |from| (share, from)))
+        .flat_map(|(share, from)| (0..k).step_by(COLS).map(move |c| (share, from, c)))
+        .collect();
+    let shared = blocks.iter().map(|share| share.rows.len()).sum::<usize>() * m * k >= ALONE_BELOW;
     let out = Parts::new(dx);
-    for_each(tokens.div_ceil(TOKENS) * across, shared, |index| {
-        let (t, c) = (index / across * TOKENS, index % across * COLS);
-        let (rows, cols) = (t..tokens.min(t + TOKENS), c..k.min(c + COLS));
+    for_each(tasks.len(), shared, |index| {
+        let (share, from, c) = tasks[index];
+        let (rows, cols) = (from..share.rows.end.min(from + TOKENS), c..k.min(c + COLS));
         let mut sums = Scratch::new(rows.len() * cols.len());
-        block(&dy[t * m..rows.end * m], w, cols.clone(), exec.isa, &mut sums);
+        block(&dy[from * m..rows.end * m], share.w, cols.clone(), exec.isa, &mut sums);
         for (row, sums) in rows.zip(sums.chunks_exact(cols.len())) {
             // SAFETY: no other task has these columns of this row.
             put(sums, unsafe { out.range(row * k + c, sums.len()) }, into);

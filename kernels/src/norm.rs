@@ -1,7 +1,12 @@
 //! Normalisation and softmax of rows.
 
+use crate::dense::Into;
 use crate::error::KernelError;
 use crate::simd::{each_set, exp};
+use crate::tasks::{Parts, for_each};
+
+/// Numbers of the rows of one task.
+const CHUNK: usize = 1 << 14;
 
 /// Root mean square normalisation of rows.
 ///
@@ -22,27 +27,51 @@ pub fn rms_norm(
     KernelError::check("norm output", x.len(), out.len())?;
     let width = weight.len().max(1);
     KernelError::check("norm input", x.len().div_ceil(width) * weight.len(), x.len())?;
-    for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        let mut lanes = [0f64; 8];
-        for chunk in row.chunks(8) {
-            for (lane, v) in lanes.iter_mut().zip(chunk) {
-                *lane += *v as f64 * *v as f64;
+    in_rows(x.len(), width, out, |part, out| norm_rows(&x[part], weight, eps, offset, out));
+    Ok(())
+}
+
+/// Calls `work` with ranges of whole rows and what they are of `out`, on all threads.
+fn in_rows(
+    len: usize,
+    width: usize,
+    out: &mut [f32],
+    work: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
+) {
+    let chunk = CHUNK.div_ceil(width) * width;
+    let out = Parts::new(out);
+    for_each(len.div_ceil(chunk), len > chunk, |task| {
+        let part = task * chunk..len.min((task + 1) * chunk);
+        // SAFETY: the rows of this task.
+        let out = unsafe { out.range(part.start, part.len()) };
+        work(part, out);
+    });
+}
+
+each_set! {
+    fn norm_rows(x: &[f32], weight: &[f32], eps: f32, offset: f32, out: &mut [f32]) {
+        let width = weight.len();
+        for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let mut lanes = [0f64; 8];
+            for chunk in row.chunks(8) {
+                for (lane, v) in lanes.iter_mut().zip(chunk) {
+                    *lane += *v as f64 * *v as f64;
+                }
+            }
+            let mean = lanes.iter().sum::<f64>() / width as f64;
+            let inverse = 1.0 / (mean as f32 + eps).sqrt();
+            for ((o, v), w) in out.iter_mut().zip(row).zip(weight) {
+                *o = v * inverse * (offset + w);
             }
         }
-        let mean = lanes.iter().sum::<f64>() / width as f64;
-        let inverse = 1.0 / (mean as f32 + eps).sqrt();
-        for ((o, v), w) in out.iter_mut().zip(row).zip(weight) {
-            *o = v * inverse * (offset + w);
-        }
     }
-    Ok(())
 }
 
 /// Gradient of [`rms_norm`] with respect to its input.
 ///
 /// With `r = 1 / sqrt(mean(x^2) + eps)` and `a_i = dy_i (offset + weight_i)`: `dx_i = r a_i - x_i r^3 mean_j(a_j x_j)`.
 ///
-/// * `x`, `dy`, `dx` (overwritten): `[rows, weight.len()]` f32; means are accumulated in f64
+/// * `x`, `dy`, `dx` (overwritten or added to): `[rows, weight.len()]` f32; means are accumulated in f64
 ///
 /// # Errors
 /// [`KernelError::Length`] if `x` is not a whole number of rows, or `dy` or `dx` differ from it.
@@ -53,27 +82,50 @@ pub fn rms_norm_backward(
     offset: f32,
     dy: &[f32],
     dx: &mut [f32],
+    into: Into,
 ) -> Result<(), KernelError> {
     KernelError::check("gradient of a norm", x.len(), dy.len())?;
     KernelError::check("gradient of a norm's input", x.len(), dx.len())?;
     let width = weight.len().max(1);
     KernelError::check("norm input", x.len().div_ceil(width) * weight.len(), x.len())?;
-    let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
-    for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
-        let (mut squares, mut products) = ([0f64; 8], [0f64; 8]);
-        for (i, (((x, dy), w), dx)) in x.iter().zip(dy).zip(weight).zip(&mut *dx).enumerate() {
-            let a = dy * (offset + w);
-            *dx = a;
-            squares[i % 8] += f64::from(*x) * f64::from(*x);
-            products[i % 8] += f64::from(*x) * f64::from(a);
-        }
-        let mean = squares.iter().sum::<f64>() / width as f64;
-        let inverse = 1.0 / (mean as f32 + eps).sqrt();
-        let back = products.iter().sum::<f64>() / width as f64 * f64::from(inverse).powi(2);
-        let back = back as f32;
-        dx.iter_mut().zip(x).for_each(|(d, x)| *d = inverse * (*d - x * back));
-    }
+    let add = into == Into::Add;
+    in_rows(x.len(), width, dx, |part, dx| {
+        norm_rows_backward(&x[part.clone()], weight, eps, offset, &dy[part], dx, add);
+    });
     Ok(())
+}
+
+each_set! {
+    fn norm_rows_backward(
+        x: &[f32],
+        weight: &[f32],
+        eps: f32,
+        offset: f32,
+        dy: &[f32],
+        dx: &mut [f32],
+        add: bool,
+    ) {
+        let width = weight.len();
+        let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
+        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+            let (mut squares, mut products) = ([0f64; 8], [0f64; 8]);
+            for ((x, dy), w) in x.chunks(8).zip(dy.chunks(8)).zip(weight.chunks(8)) {
+                for (i, ((x, dy), w)) in x.iter().zip(dy).zip(w).enumerate() {
+                    let a = dy * (offset + w);
+                    squares[i] += *x as f64 * *x as f64;
+                    products[i] += *x as f64 * a as f64;
+                }
+            }
+            let mean = squares.iter().sum::<f64>() / width as f64;
+            let inverse = 1.0 / (mean as f32 + eps).sqrt();
+            let back = products.iter().sum::<f64>() / width as f64 * (inverse as f64 * inverse as f64);
+            let back = back as f32;
+            for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+                let d = inverse * (dy * (offset + w) - x * back);
+                *dx = if add { *dx + d } else { d };
+            }
+        }
+    }
 }
 
 /// Softmax of one row in place, the largest value subtracted first.
@@ -233,7 +285,7 @@ mod tests {
                 .sum()
             };
             let mut dx = [f32::NAN; 6];
-            rms_norm_backward(&x, &weight, 0.01, offset, &dy, &mut dx).unwrap();
+            rms_norm_backward(&x, &weight, 0.01, offset, &dy, &mut dx, Into::Overwrite).unwrap();
             for i in 0..6 {
                 let moved = |by: f64| {
                     let mut x = x.map(f64::from);
@@ -245,8 +297,10 @@ mod tests {
             }
         }
         let mut dx = [0.0; 6];
-        assert!(rms_norm_backward(&x, &weight, 0.0, 0.0, &dy[..5], &mut dx).is_err());
-        assert!(rms_norm_backward(&x, &weight[..2], 0.0, 0.0, &dy, &mut dx[..5]).is_err());
+        assert!(rms_norm_backward(&x, &weight, 0.0, 0.0, &dy[..5], &mut dx, Into::Add).is_err());
+        assert!(
+            rms_norm_backward(&x, &weight[..2], 0.0, 0.0, &dy, &mut dx[..5], Into::Add).is_err()
+        );
     }
 
     #[test]

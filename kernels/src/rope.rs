@@ -6,6 +6,11 @@
 use std::sync::Arc;
 
 use crate::error::KernelError;
+use crate::simd::each_set;
+use crate::tasks::{Parts, for_each};
+
+/// Tokens that one task turns.
+const TOKENS: usize = 32;
 
 /// Which dimensions form the pair `i` of `dim / 2`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,30 +201,41 @@ impl RopeTable {
         if x.is_empty() || dim == 0 {
             return Ok(());
         }
-        for (token, row) in x.chunks_exact_mut(heads * head_dim).enumerate() {
-            let cos = &self.cos[token * self.half..(token + 1) * self.half];
-            let sin = &self.sin[token * self.half..(token + 1) * self.half];
-            for head in row.chunks_exact_mut(head_dim) {
-                let head = &mut head[from..from + dim];
-                match self.pairing {
-                    RopePairing::Halves => {
-                        let (a, b) = head.split_at_mut(self.half);
-                        for i in 0..self.half {
-                            let (c, s) = (cos[i], sign * sin[i]);
-                            (a[i], b[i]) = (a[i] * c - b[i] * s, b[i] * c + a[i] * s);
-                        }
-                    }
-                    RopePairing::Interleaved => {
-                        for (i, pair) in head.chunks_exact_mut(2).enumerate() {
-                            let (a, b, c, s) = (pair[0], pair[1], cos[i], sign * sin[i]);
-                            pair[0] = a * c - b * s;
-                            pair[1] = b * c + a * s;
-                        }
-                    }
+        let width = heads * head_dim;
+        let out = Parts::new(x);
+        for_each(self.tokens.div_ceil(TOKENS), self.tokens > TOKENS, |task| {
+            for token in task * TOKENS..self.tokens.min((task + 1) * TOKENS) {
+                let part = token * self.half..(token + 1) * self.half;
+                let (cos, sin) = (&self.cos[part.clone()], &self.sin[part]);
+                // SAFETY: the tokens of this task.
+                let row = unsafe { out.range(token * width, width) };
+                for head in row.chunks_exact_mut(head_dim) {
+                    turn_head(&mut head[from..from + dim], cos, sin, sign, self.pairing);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+each_set! {
+    fn turn_head(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, pairing: RopePairing) {
+        match pairing {
+            RopePairing::Halves => {
+                let (a, b) = head.split_at_mut(cos.len());
+                for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                    let s = sign * s;
+                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                }
+            }
+            RopePairing::Interleaved => {
+                for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                    let (a, b, s) = (pair[0], pair[1], sign * s);
+                    pair[0] = a * c - b * s;
+                    pair[1] = b * c + a * s;
                 }
             }
         }
-        Ok(())
     }
 }
 

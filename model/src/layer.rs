@@ -1,14 +1,15 @@
 //! One layer: weights and the way through it.
 
-mod adapted;
+mod back;
+mod load;
 mod sites;
 mod surgery;
+mod trail;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use moe_merge_checkpoint::weight::RowSlice;
 use moe_merge_kernels::cuda::{Block, CudaError, CudaMoe};
 use moe_merge_kernels::{
     Accuracy, Activation, AttentionSpec, Batching, Exec, KernelError, RopeSpec, RopeTable,
@@ -20,14 +21,20 @@ use crate::error::ModelError;
 use crate::lanes;
 use crate::ops::{
     CachedAttention, Clamp, Expert, Experts, FrozenLinear, Gate, Open, Residual, RmsNorm, Rope,
-    RouterLogits, SelfAttention, SlotWeights, apply1, apply2, to_vec,
+    RouterLogits, SelfAttention, to_vec,
 };
 use crate::placement::Placement;
-use crate::spec::{AttentionKind, ExpertNames, LayerSpec, Mlp, MoeMlp, QkNorm, SharedExpert, Spec};
+use crate::spec::{AttentionKind, LayerSpec, Mlp, MoeMlp, Spec};
 use crate::weights::Weights;
 
-pub(crate) use adapted::Adapted;
+use load::{gated, load_attention, load_moe};
+
+pub(crate) use back::Wanted;
+pub(crate) use load::norm;
 pub(crate) use sites::names as site_names;
+pub(crate) use surgery::Choice;
+use trail::AttentionTrail;
+pub(crate) use trail::{Changes, Keeper, Kept, Trail};
 
 /// A layer whose weights are views.
 #[derive(Debug, Clone)]
@@ -78,6 +85,13 @@ impl Projections {
         layers.into_iter()
     }
 
+    /// The projection back to the stream.
+    fn output(&self) -> &FrozenLinear {
+        match self {
+            Projections::Plain { o, .. } | Projections::Latent { o, .. } => o,
+        }
+    }
+
     fn place(&mut self, placement: &Placement) -> Result<(), ModelError> {
         self.linears().try_for_each(|l| l.place(placement))
     }
@@ -105,6 +119,16 @@ struct Moe {
     shared: Option<(Expert, Option<FrozenLinear>)>,
     /// The routed experts on a device, if they are placed there.
     placed: Option<Arc<CudaMoe>>,
+}
+
+impl Moe {
+    /// The rule by which experts are chosen.
+    fn rule(&self, gating: Gating<'_>) -> RouterSpec {
+        match gating {
+            Gating::Weights(other) => RouterSpec { top_k: other.top_k, ..self.spec.router },
+            _ => self.spec.router,
+        }
+    }
 }
 
 /// Where the keys and values of a pass are.
@@ -135,12 +159,10 @@ pub(crate) enum Gating<'a> {
 /// A router in the place of a layer's own.
 #[derive(Clone, Copy)]
 pub(crate) struct OtherRouter<'a> {
-    /// `[experts, hidden]`; gradients flow to it if it is a variable.
+    /// `[experts, hidden]`.
     pub weights: &'a Tensor,
     /// Experts per token.
     pub top_k: usize,
-    /// Output of the routed experts for the same input and weights, where an earlier pass has computed it.
-    pub known: Option<&'a Tensor>,
 }
 
 /// What a pass through one layer leaves behind.
@@ -294,8 +316,7 @@ impl Layer {
         self.forward_gated(spec, x, table, past, Gating::Stored)
     }
 
-    /// As [`Layer::forward`], with a say in who chooses the experts. If `x` or the gates are variables, gradients flow to
-    /// them.
+    /// As [`Layer::forward`], with a say in who chooses the experts.
     pub fn forward_gated(
         &self,
         spec: &Spec,
@@ -316,10 +337,8 @@ impl Layer {
         table: &RopeTable,
         past: Past<'_>,
     ) -> Result<(Tensor, Tensor), ModelError> {
-        let attended = self.attend(spec, &self.input_norm.forward(x)?, table, past)?;
-        let x = add(spec, x, attended, self.after.as_ref().map(|a| &a[0]))?;
-        let mlp_input = self.mlp_norm.forward(&x)?;
-        Ok((x, mlp_input))
+        let (trail, mlp_input) = self.attended_trail(spec, x, table, past)?;
+        Ok((trail.after, mlp_input))
     }
 
     /// The second half, from what [`Layer::attended`] gave.
@@ -332,7 +351,7 @@ impl Layer {
     ) -> Result<Passed, ModelError> {
         let Fed { out, routing, logits, routed } =
             self.feed(spec.activation, &mlp_input, gating)?;
-        let stream = add(spec, x, out, self.after.as_ref().map(|a| &a[1]))?;
+        let stream = add(spec, x, &out, self.after.as_ref().map(|a| &a[1]))?;
         Ok(Passed { stream, mlp_input, routing, logits, routed })
     }
 
@@ -356,37 +375,72 @@ impl Layer {
         x: &Tensor,
         table: &RopeTable,
         past: Past<'_>,
-    ) -> Result<Tensor, ModelError> {
-        let (Projections::Plain { o, .. } | Projections::Latent { o, .. }) = &self.attention;
-        Ok(o.forward(&self.mixed(spec, x, table, past)?)?)
+    ) -> Result<(Tensor, AttentionTrail), ModelError> {
+        let trail = self.mixed(spec, x, table, past)?;
+        Ok((self.attention.output().forward(&trail.mixed)?, trail))
     }
 
-    /// The values of all heads, mixed by attention: the input of the output projection.
+    /// Attention up to its output projection.
     fn mixed(
         &self,
         spec: &Spec,
         x: &Tensor,
         table: &RopeTable,
         past: Past<'_>,
-    ) -> Result<Tensor, ModelError> {
+    ) -> Result<AttentionTrail, ModelError> {
         let a = &spec.attention;
+        let (mut raw, mut latents) = (None, [None, None]);
         let (q, k, v) = match &self.attention {
             Projections::Plain { q, k, v, norms, .. } => {
                 let (mut q, mut k, mut v) = (q.forward(x)?, k.forward(x)?, v.forward(x)?);
+                let clip = self.clip(spec);
+                raw =
+                    (norms.is_some() || clip.is_some()).then(|| [q.clone(), k.clone(), v.clone()]);
                 if let Some([q_norm, k_norm]) = norms {
                     (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
                 }
-                if let AttentionKind::Projected { clip: Some(c), .. } = a.kind {
-                    (q, k, v) =
-                        (apply1(&q, Clamp(c))?, apply1(&k, Clamp(c))?, apply1(&v, Clamp(c))?);
+                if let Some(clip) = clip {
+                    let clipped = |x: &Tensor| x.apply_op1_no_bwd(&clip);
+                    (q, k, v) = (clipped(&q)?, clipped(&k)?, clipped(&v)?);
                 }
                 let rope =
                     |heads| Rope { table: table.clone(), heads, head_dim: a.qk_dim(), from: 0 };
-                (apply1(&q, rope(a.heads))?, apply1(&k, rope(a.kv_heads))?, v)
+                let q = q.apply_op1_no_bwd(&rope(a.heads))?;
+                (q, k.apply_op1_no_bwd(&rope(a.kv_heads))?, v)
             }
-            Projections::Latent { .. } => self.latent(spec, x, table)?,
+            Projections::Latent { .. } => {
+                let (q, k, v, found) = self.latent(spec, x, table)?;
+                latents = found;
+                (q, k, v)
+            }
         };
-        let kernel = AttentionSpec {
+        let mixed = match past {
+            Past::None(sequences) => self.self_attention(spec, sequences).forward(&q, &k, &v)?,
+            Past::Lanes(mut caches, lens) => {
+                let kernel = self.attention_spec(spec);
+                lanes::attend(&mut caches, lens, [&q, &k, &v], &kernel, &self.exec)?
+            }
+            Past::Cache(cache, len) => {
+                cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
+                let count = len + q.dim(0)?;
+                let (spec, exec) = (self.attention_spec(spec), self.exec);
+                q.apply_op1_no_bwd(&CachedAttention { spec, exec, cache: &*cache, count })?
+            }
+        };
+        Ok(AttentionTrail { raw, latents, q, k, v, mixed })
+    }
+
+    /// What queries, keys and values are limited to.
+    fn clip(&self, spec: &Spec) -> Option<Clamp> {
+        match spec.attention.kind {
+            AttentionKind::Projected { clip, .. } => clip.map(Clamp),
+            AttentionKind::Latent { .. } => None,
+        }
+    }
+
+    fn attention_spec(&self, spec: &Spec) -> AttentionSpec {
+        let a = &spec.attention;
+        AttentionSpec {
             heads: a.heads,
             kv_heads: a.kv_heads,
             qk_dim: a.qk_dim(),
@@ -394,34 +448,21 @@ impl Layer {
             scale: a.scale,
             softcap: a.softcap,
             window: self.spec.window,
-        };
-        Ok(match past {
-            Past::None(sequences) => {
-                SelfAttention { spec: kernel, exec: self.exec, sequences: sequences.into() }
-                    .forward(&q, &k, &v)?
-            }
-            Past::Cache(..) if q.track_op() => {
-                return Err(candle_core::Error::msg("attention to a cache has no gradient").into());
-            }
-            Past::Lanes(mut caches, lens) => {
-                lanes::attend(&mut caches, lens, [&q, &k, &v], &kernel, &self.exec)?
-            }
-            Past::Cache(cache, len) => {
-                cache.put(len, &to_vec(&k)?, &to_vec(&v)?);
-                let count = len + q.dim(0)?;
-                let (spec, exec) = (kernel, self.exec);
-                q.apply_op1_no_bwd(&CachedAttention { spec, exec, cache: &*cache, count })?
-            }
-        })
+        }
     }
 
-    /// Queries, keys and values through latents, expanded for every head.
+    fn self_attention(&self, spec: &Spec, sequences: &[Range<usize>]) -> SelfAttention {
+        let spec = self.attention_spec(spec);
+        SelfAttention { spec, exec: self.exec, sequences: sequences.into() }
+    }
+
+    /// Queries, keys and values through latents, expanded for every head; and the latents before their norms.
     fn latent(
         &self,
         spec: &Spec,
         x: &Tensor,
         table: &RopeTable,
-    ) -> Result<(Tensor, Tensor, Tensor), ModelError> {
+    ) -> Result<(Tensor, Tensor, Tensor, [Option<Tensor>; 2]), ModelError> {
         let (
             Projections::Latent { q, kv_a, kv_norm, kv_b, .. },
             &AttentionKind::Latent { kv_rank, nope_dim, rope_dim, v_dim, .. },
@@ -430,24 +471,28 @@ impl Layer {
             return Err(candle_core::Error::msg("attention has no latents").into());
         };
         let (tokens, heads) = (x.dim(0)?, spec.attention.heads);
-        let q = match q {
-            Queries::Whole(q) => q.forward(x)?,
-            Queries::Latent { a, norm, b } => b.forward(&norm.forward(&a.forward(x)?)?)?,
+        let (q, q_latent) = match q {
+            Queries::Whole(q) => (q.forward(x)?, None),
+            Queries::Latent { a, norm, b } => {
+                let latent = a.forward(x)?;
+                (b.forward(&norm.forward(&latent)?)?, Some(latent))
+            }
         };
         let head_dim = nope_dim + rope_dim;
-        let q = apply1(&q, Rope { table: table.clone(), heads, head_dim, from: nope_dim })?;
-        let latent = kv_a.forward(x)?;
-        let turned = apply1(
-            &latent.narrow(1, kv_rank, rope_dim)?.contiguous()?,
-            Rope { table: table.clone(), heads: 1, head_dim: rope_dim, from: 0 },
-        )?;
-        let latent = kv_norm.forward(&latent.narrow(1, 0, kv_rank)?.contiguous()?)?;
-        let kv = kv_b.forward(&latent)?.reshape((tokens, heads, nope_dim + v_dim))?;
+        let rope = Rope { table: table.clone(), heads, head_dim, from: nope_dim };
+        let q = q.apply_op1_no_bwd(&rope)?;
+        let both = kv_a.forward(x)?;
+        let rope = Rope { table: table.clone(), heads: 1, head_dim: rope_dim, from: 0 };
+        let turned = both.narrow(1, kv_rank, rope_dim)?.contiguous()?.apply_op1_no_bwd(&rope)?;
+        let latent = both.narrow(1, 0, kv_rank)?.contiguous()?;
+        let kv = kv_b.forward(&kv_norm.forward(&latent)?)?;
+        let kv = kv.reshape((tokens, heads, nope_dim + v_dim))?;
         let turned =
             turned.reshape((tokens, 1, rope_dim))?.broadcast_as((tokens, heads, rope_dim))?;
         let k = Tensor::cat(&[&kv.narrow(2, 0, nope_dim)?, &turned], 2)?;
         let v = kv.narrow(2, nope_dim, v_dim)?.contiguous()?;
-        Ok((q, k.reshape((tokens, heads * head_dim))?, v.reshape((tokens, heads * v_dim))?))
+        let (k, v) = (k.reshape((tokens, heads * head_dim))?, v.reshape((tokens, heads * v_dim))?);
+        Ok((q, k, v, [q_latent, Some(latent)]))
     }
 
     fn feed(
@@ -463,34 +508,48 @@ impl Layer {
             }
             Feed::Moe(moe) => moe,
         };
-        let Moe { spec, router, .. } = &**moe;
-        if let (Gating::Stored, false) = (gating, x.track_op())
+        if let Gating::Stored = gating
             && let Some((routing, logits, routed)) = self.block(moe, activation, x)?
         {
             let out = add_shared(routed.clone(), moe, activation, x)?;
             let logits = Some(logits);
             return Ok(Fed { out, routing: Some(routing), logits, routed: Some(routed) });
         }
-        let (routing, weights, logits) = match gating {
-            Gating::Stored => self.routed(moe, router.forward(x)?, spec.router, None)?,
-            Gating::Always(e) => self.routed(moe, router.forward(x)?, spec.router, Some(e))?,
-            Gating::Weights(OtherRouter { weights, top_k, .. }) => {
-                let rule = RouterSpec { top_k, ..spec.router };
-                self.routed(moe, apply2(x, weights, RouterLogits)?, rule, None)?
-            }
-            Gating::Forced(ids) => forced(ids, spec.router.scale)?,
-            Gating::Given(routing) => given(routing.clone())?,
-        };
-        let known = match gating {
-            Gating::Weights(other) => other.known.cloned(),
-            _ => None,
-        };
+        let (routing, logits) = self.choice(moe, x, gating)?;
         let (experts, placed) = (moe.experts.clone(), moe.placed.clone());
-        let op = Experts { routing: routing.clone(), experts, activation, known, placed };
-        let routed = apply2(x, &weights, op)?;
+        let op = Experts { routing: routing.clone(), experts, activation, placed };
+        let routed = x.apply_op1_no_bwd(&op)?;
         let out = add_shared(routed.clone(), moe, activation, x)?;
         let routing = Some(Arc::unwrap_or_clone(routing));
         Ok(Fed { out, routing, logits, routed: Some(routed) })
+    }
+
+    /// The experts of every token, and the logits they were chosen by.
+    fn choice(
+        &self,
+        moe: &Moe,
+        x: &Tensor,
+        gating: Gating<'_>,
+    ) -> Result<(Arc<Routing>, Option<Tensor>), ModelError> {
+        let logits = match gating {
+            Gating::Stored | Gating::Always(_) => moe.router.forward(x)?,
+            Gating::Weights(other) => x.apply_op2_no_bwd(other.weights, &RouterLogits)?,
+            Gating::Forced(ids) => {
+                let weights = vec![moe.spec.router.scale; ids.len()];
+                let routing = Routing { tokens: ids.len(), top_k: 1, ids: ids.to_vec(), weights };
+                return Ok((Arc::new(routing), None));
+            }
+            Gating::Given(routing) => return Ok((Arc::new(routing.clone()), None)),
+        };
+        let (tokens, experts) = logits.dims2()?;
+        let (values, bias) = (to_vec(&logits)?, moe.bias.as_deref());
+        let rule = moe.rule(gating);
+        let routing = match gating {
+            Gating::Always(expert) => route_always(&values, tokens, experts, bias, &rule, expert),
+            _ => route(&values, tokens, experts, bias, &rule),
+        };
+        let routing = routing.map_err(|source| ModelError::Router { layer: self.index, source })?;
+        Ok((Arc::new(routing), Some(logits)))
     }
 
     /// Router, choice and experts on the device that holds them, if one does: routing, logits, output.
@@ -522,30 +581,7 @@ impl Layer {
         let out = Tensor::from_vec(out, x.shape(), &Device::Cpu)?;
         Ok(Some((routing, logits, out)))
     }
-
-    /// The experts that `logits` choose, one of them `always`, and the weights through which gradients reach the logits.
-    fn routed(
-        &self,
-        moe: &Moe,
-        logits: Tensor,
-        rule: RouterSpec,
-        always: Option<usize>,
-    ) -> Result<Choice, ModelError> {
-        let (tokens, experts) = logits.dims2()?;
-        let (values, bias) = (to_vec(&logits)?, moe.bias.as_deref());
-        let routing = match always {
-            None => route(&values, tokens, experts, bias, &rule),
-            Some(expert) => route_always(&values, tokens, experts, bias, &rule, expert),
-        };
-        let routing = routing.map_err(|source| ModelError::Router { layer: self.index, source })?;
-        let routing = Arc::new(routing);
-        let weights = apply1(&logits, SlotWeights { routing: routing.clone(), spec: rule })?;
-        Ok((routing, weights, Some(logits)))
-    }
 }
-
-/// Routing, its weights `[tokens, top_k]`, the logits it was chosen by.
-type Choice = (Arc<Routing>, Tensor, Option<Tensor>);
 
 /// What the MLP of a layer gives.
 struct Fed {
@@ -555,28 +591,12 @@ struct Fed {
     routed: Option<Tensor>,
 }
 
-/// One expert per token, given from outside.
-fn forced(ids: &[u32], weight: f32) -> Result<Choice, ModelError> {
-    let weights = vec![weight; ids.len()];
-    given(Routing { tokens: ids.len(), top_k: 1, ids: ids.to_vec(), weights })
-}
-
-fn given(routing: Routing) -> Result<Choice, ModelError> {
-    let slots = (routing.tokens, routing.top_k);
-    let weights = Tensor::from_slice(&routing.weights, slots, &Device::Cpu)?;
-    Ok((Arc::new(routing), weights, None))
-}
-
-fn add(
-    spec: &Spec,
-    x: &Tensor,
-    mut y: Tensor,
-    norm: Option<&RmsNorm>,
-) -> Result<Tensor, ModelError> {
-    if let Some(norm) = norm {
-        y = norm.forward(&y)?;
-    }
-    Ok(apply2(x, &y, Residual { scale: spec.residual_scale })?)
+fn add(spec: &Spec, x: &Tensor, y: &Tensor, norm: Option<&RmsNorm>) -> Result<Tensor, ModelError> {
+    let scale = Residual { scale: spec.residual_scale };
+    Ok(match norm {
+        Some(norm) => x.apply_op2_no_bwd(&norm.forward(y)?, &scale)?,
+        None => x.apply_op2_no_bwd(y, &scale)?,
+    })
 }
 
 /// Adds what the shared expert, if there is one, makes of `x`.
@@ -589,135 +609,12 @@ fn add_shared(
     let Some((mlp, gate)) = &moe.shared else { return Ok(out) };
     let mut y = mlp_forward(mlp, activation, x)?;
     if let Some(gate) = gate {
-        y = apply2(&y, &gate.forward(x)?, Open)?;
+        y = y.apply_op2_no_bwd(&gate.forward(x)?, &Open)?;
     }
-    Ok(apply2(&out, &y, Residual { scale: 1.0 })?)
+    Ok(out.apply_op2_no_bwd(&y, &Residual { scale: 1.0 })?)
 }
 
 fn mlp_forward(mlp: &Expert, activation: Activation, x: &Tensor) -> Result<Tensor, ModelError> {
     let (gate, up) = (mlp.gate.forward(x)?, mlp.up.forward(x)?);
-    Ok(mlp.down.forward(&apply2(&gate, &up, Gate(activation))?)?)
-}
-
-/// The norm `name` of the spec's kind.
-pub(crate) fn norm(weights: &Weights, spec: &Spec, name: &str) -> Result<RmsNorm, ModelError> {
-    Ok(RmsNorm { weight: weights.vector(name)?, eps: spec.eps, offset: spec.norm_offset })
-}
-
-fn load_attention(weights: &Weights, spec: &Spec, at: &str) -> Result<Projections, ModelError> {
-    let a = &spec.attention;
-    let linear = |name: &str| weights.linear(&format!("{at}.{name}"));
-    match a.kind {
-        AttentionKind::Projected { head_dim, qk_norm, fused, .. } => {
-            let (q_rows, kv_rows) = (a.heads * head_dim, a.kv_heads * head_dim);
-            let [q, k, v] = if fused {
-                weights.cut(&format!("{at}.qkv_proj"), [q_rows, kv_rows, kv_rows])?
-            } else {
-                [linear("q_proj")?, linear("k_proj")?, linear("v_proj")?]
-            };
-            let norms = match qk_norm {
-                QkNorm::Absent => None,
-                _ => Some([
-                    norm(weights, spec, &format!("{at}.q_norm.weight"))?,
-                    norm(weights, spec, &format!("{at}.k_norm.weight"))?,
-                ]),
-            };
-            Ok(Projections::Plain { q, k, v, o: linear("o_proj")?, norms })
-        }
-        AttentionKind::Latent { q_rank, .. } => {
-            // The reference gives these two norms its default, not the configuration's eps.
-            let norm = |name: &str| -> Result<RmsNorm, ModelError> {
-                let weight = weights.vector(&format!("{at}.{name}.weight"))?;
-                Ok(RmsNorm { weight, eps: 1e-6, offset: 0.0 })
-            };
-            let q = match q_rank {
-                None => Queries::Whole(linear("q_proj")?),
-                Some(_) => Queries::Latent {
-                    a: linear("q_a_proj")?,
-                    norm: norm("q_a_layernorm")?,
-                    b: linear("q_b_proj")?,
-                },
-            };
-            Ok(Projections::Latent {
-                q,
-                kv_a: linear("kv_a_proj_with_mqa")?,
-                kv_norm: norm("kv_a_layernorm")?,
-                kv_b: linear("kv_b_proj")?,
-                o: linear("o_proj")?,
-            })
-        }
-    }
-}
-
-fn gated(weights: &Weights, at: &str, fused: bool, inter: usize) -> Result<Expert, ModelError> {
-    let linear = |name: &str| weights.linear(&format!("{at}.{name}"));
-    let [gate, up] = if fused {
-        weights.cut(&format!("{at}.gate_up_proj"), [inter, inter])?
-    } else {
-        [linear("gate_proj")?, linear("up_proj")?]
-    };
-    Ok(Expert { gate, up, down: linear("down_proj")? })
-}
-
-/// `at` is the layer's prefix, dot included.
-fn load_moe(weights: &Weights, moe: &MoeMlp, at: &str, hidden: usize) -> Result<Feed, ModelError> {
-    let plain = |name: &str| -> Result<FrozenLinear, ModelError> {
-        Ok(weights.frozen(weights.get(&format!("{at}{name}"))?, None))
-    };
-    let experts: Vec<Expert> = if moe.names == ExpertNames::Granite {
-        stacked_experts(weights, moe, at, hidden)?
-    } else {
-        (0..moe.experts)
-            .filter_map(|e| moe.names.expert(e))
-            .map(|[gate, up, down]| {
-                Ok(Expert { gate: plain(&gate)?, up: plain(&up)?, down: plain(&down)? })
-            })
-            .collect::<Result<_, ModelError>>()?
-    };
-    let bias = moe.selection_bias.map(|name| weights.vector(&format!("{at}{name}"))).transpose()?;
-    let shared = moe.shared.as_ref().map(|s| load_shared(weights, s, at)).transpose()?;
-    // Which experts a token visits must not hang on how its activations are rounded.
-    let router = plain(moe.names.router())?.exact();
-    let experts = experts.into();
-    let (spec, placed) = (moe.clone(), None);
-    Ok(Feed::Moe(Box::new(Moe { spec, router, bias, experts, shared, placed })))
-}
-
-/// Experts that are slices of two stacked tensors.
-fn stacked_experts(
-    weights: &Weights,
-    moe: &MoeMlp,
-    at: &str,
-    hidden: usize,
-) -> Result<Vec<Expert>, ModelError> {
-    let input = weights.get(&format!("{at}block_sparse_moe.input_linear.weight"))?;
-    let output = weights.get(&format!("{at}block_sparse_moe.output_linear.weight"))?;
-    let slice = |from: &moe_merge_checkpoint::WeightRef, part: usize, rows: usize| {
-        let rows = part * rows..(part + 1) * rows;
-        weights.frozen(Arc::new(RowSlice::new(from.clone(), rows)), None)
-    };
-    Ok((0..moe.experts)
-        .map(|e| Expert {
-            gate: slice(&input, 2 * e, moe.inter),
-            up: slice(&input, 2 * e + 1, moe.inter),
-            down: slice(&output, e, hidden),
-        })
-        .collect())
-}
-
-fn load_shared(
-    weights: &Weights,
-    shared: &SharedExpert,
-    at: &str,
-) -> Result<(Expert, Option<FrozenLinear>), ModelError> {
-    let module = format!("{at}{}", shared.module);
-    let mlp = if shared.fused {
-        let [gate, up] =
-            weights.cut(&format!("{module}.input_linear"), [shared.inter, shared.inter])?;
-        Expert { gate, up, down: weights.linear(&format!("{module}.output_linear"))? }
-    } else {
-        gated(weights, &module, false, shared.inter)?
-    };
-    let gate = shared.gate.map(|g| weights.linear(&format!("{at}{g}"))).transpose()?;
-    Ok((mlp, gate))
+    Ok(mlp.down.forward(&gate.apply_op2_no_bwd(&up, &Gate(activation))?)?)
 }

@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::Source;
 
-use crate::layer::{Layer, Past};
+use crate::layer::{Changes, Gating, Layer, Past, Wanted};
 use crate::model::Tables;
-use crate::ops::{Clamp, KnownGradient, Open, Residual, apply1, apply2, to_vec};
+use crate::ops::{Clamp, Open, to_vec};
 use crate::spec::Spec;
 use crate::weights::Weights;
-use crate::{Cache, Model};
 
 fn wave(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
@@ -42,11 +41,17 @@ fn check(folder: &Path) {
         let run = |x: &Tensor| layer.forward(&spec, x, table, Past::None(&rows)).unwrap().stream;
         let x = wave(9 * spec.hidden, l + 1);
         let back = unit(&wave(9 * spec.hidden, l + 50));
-        let variable = Var::from_tensor(&Tensor::from_slice(&x, shape, &Device::Cpu).unwrap());
-        let variable = variable.unwrap();
-        let d = Tensor::from_slice(&back, shape, &Device::Cpu).unwrap();
-        let root = apply1(&run(&variable), KnownGradient(d)).unwrap();
-        let gradient = to_vec(root.backward().unwrap().get(&variable).unwrap()).unwrap();
+        let changes = Changes { gating: Gating::Stored, lora: None };
+        let stream = Tensor::from_slice(&x, shape, &Device::Cpu).unwrap();
+        let pass = layer.forward_trail(&spec, &stream, table, &rows, &changes, None);
+        let (passed, trail) = pass.unwrap();
+        let plain = to_vec(&run(&stream)).unwrap();
+        let apart = plain.iter().zip(to_vec(&passed.stream).unwrap()).map(|(a, b)| (a - b).abs());
+        assert!(apart.fold(0.0, f32::max) < 1e-5, "{name} layer {l}: the pass that leaves a trail");
+        let wanted = Wanted { input: true, ..Wanted::default() };
+        let along = (table, &rows[..]);
+        let found = layer.backward(&spec, trail, along, &changes, wanted, back.clone()).unwrap();
+        let gradient = found.input.unwrap();
         let norm = dot(&gradient, &gradient).sqrt();
         assert!(norm > 1e-2, "{name} layer {l}: a gradient to compare");
         for seed in 0..4 {
@@ -90,44 +95,21 @@ fn every_architecture_of_our_own() {
 }
 
 #[test]
-fn a_cache_has_no_gradient_and_says_so() {
-    let folder = moe_merge_testkit::repository("model/tests/data").join("mixtral_fused");
-    let name = folder.display().to_string();
-    let source = Source::open(&name.parse().unwrap(), Path::new(".")).unwrap();
-    let spec = Spec::of(&source).unwrap();
-    let layer = Layer::load(&Weights::new(&source, &spec).unwrap(), &spec, 0).unwrap();
-    let mut cache = Cache::new(&Model::open(&source).unwrap(), 4);
-    let x = Var::zeros((2, 16), candle_core::DType::F32, &Device::Cpu).unwrap();
-    let mut tables = Tables::new(&[0, 1]);
-    let table = tables.of(layer.rope());
-    let passed = layer.forward(&spec, &x, table, Past::Cache(&mut cache.layers[0], 0));
-    let error = passed.err().expect("a refusal").to_string();
-    assert!(error.contains("cache has no gradient"), "{error}");
-}
-
-#[test]
 fn small_operations_by_hand() {
     let tensor = |values: &[f32], shape: (usize, usize)| {
-        Var::from_tensor(&Tensor::from_slice(values, shape, &Device::Cpu).unwrap()).unwrap()
-    };
-    let back = |root: Tensor, d: &[f32], of: &[&Var]| -> Vec<Vec<f32>> {
-        let d = Tensor::from_slice(d, root.shape(), &Device::Cpu).unwrap();
-        let gradients = apply1(&root, KnownGradient(d)).unwrap().backward().unwrap();
-        of.iter().map(|x| to_vec(gradients.get(x).unwrap()).unwrap()).collect()
+        Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
     };
     let x = tensor(&[-3.0, 0.5, 2.0, 1.0], (2, 2));
-    let clamped = apply1(&x, Clamp(1.0)).unwrap();
+    let clamped = x.apply_op1_no_bwd(&Clamp(1.0)).unwrap();
     assert_eq!(to_vec(&clamped).unwrap(), [-1.0, 0.5, 1.0, 1.0]);
-    assert_eq!(back(clamped, &[1.0, 2.0, 3.0, 4.0], &[&x]), [[0.0, 2.0, 0.0, 4.0]]);
-    let y = tensor(&[1.0, 1.0, 2.0, 2.0], (2, 2));
-    let sum = apply2(&x, &y, Residual { scale: 0.5 }).unwrap();
-    assert_eq!(to_vec(&sum).unwrap(), [-2.5, 1.0, 3.0, 2.0]);
-    let found = back(sum, &[1.0, 2.0, 3.0, 4.0], &[&x, &y]);
-    assert_eq!(found, [[1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 1.5, 2.0]]);
+    let mut d = [1.0, 2.0, 3.0, 4.0];
+    Clamp(1.0).back(&x, &mut d).unwrap();
+    assert_eq!(d, [0.0, 2.0, 0.0, 4.0]);
     // Half open, slope 1/4.
     let gate = tensor(&[0.0, 0.0], (2, 1));
-    let open = apply2(&x, &gate, Open).unwrap();
+    let open = x.apply_op2_no_bwd(&gate, &Open).unwrap();
     assert_eq!(to_vec(&open).unwrap(), [-1.5, 0.25, 1.0, 0.5]);
-    let found = back(open, &[1.0, 2.0, 3.0, 4.0], &[&x, &gate]);
-    assert_eq!(found, [vec![0.5, 1.0, 1.5, 2.0], vec![-0.5, 2.5]]);
+    let mut d = [1.0, 2.0, 3.0, 4.0];
+    assert_eq!(Open.back(&x, &gate, &mut d).unwrap(), [-0.5, 2.5]);
+    assert_eq!(d, [0.5, 1.0, 1.5, 2.0]);
 }

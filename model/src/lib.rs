@@ -27,7 +27,6 @@ mod lanes;
 mod layer;
 #[cfg(test)]
 mod layer_gradients;
-pub mod lora;
 mod model;
 mod ops;
 pub mod perplexity;

@@ -1,15 +1,15 @@
-//! Candle operations over weights as stored, with their gradients.
+//! Operations over weights as stored: on candle's tensors the way forward, on slices the way back.
 //!
-//! Weights are frozen: gradients flow to activations, and through the weights of the chosen slots to a router. Where no
-//! argument is part of a graph, an operation is applied without leaving a trace.
+//! Weights are frozen: gradients flow to activations. candle's own graph is not used: it would keep every tensor, and add up
+//! gradients in copies.
 
 mod moe;
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor,
 };
 use moe_merge_checkpoint::WeightRef;
 use moe_merge_kernels as kernels;
@@ -24,7 +24,7 @@ use crate::cache::LayerCache;
 use crate::error::ModelError;
 use crate::placement::Placement;
 
-pub(crate) use moe::{Expert, Experts, RouterLogits, SlotWeights};
+pub(crate) use moe::{Expert, Experts, RouterLogits};
 
 /// The numbers of a contiguous f32 argument.
 pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -53,20 +53,31 @@ pub(crate) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(values, like.shape(), &Device::Cpu)
 }
 
-/// Applies `op`, remembered for the way back if `x` is part of a graph.
-pub(crate) fn apply1<O>(x: &Tensor, op: O) -> Result<Tensor>
-where
-    O: CustomOp1 + Send + Sync + 'static,
-{
-    if x.track_op() { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+/// The numbers of a contiguous f32 tensor, where they lie.
+pub(crate) fn numbers(x: &Tensor) -> Result<impl Deref<Target = [f32]> + '_> {
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(_)), Some((from, to))) => {
+            Ok(Numbers { storage, range: from..to })
+        }
+        _ => candle_core::bail!("not contiguous numbers in f32: {:?}", layout.shape()),
+    }
 }
 
-/// As [`apply1`], with two arguments.
-pub(crate) fn apply2<O>(x: &Tensor, y: &Tensor, op: O) -> Result<Tensor>
-where
-    O: CustomOp2 + Send + Sync + 'static,
-{
-    if x.track_op() || y.track_op() { x.apply_op2(y, op) } else { x.apply_op2_no_bwd(y, &op) }
+/// Some of the numbers that a guard keeps where they are.
+struct Numbers<G> {
+    storage: G,
+    range: Range<usize>,
+}
+
+impl<G: Deref<Target = Storage>> Deref for Numbers<G> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(all)) => &all[self.range.clone()],
+            _ => &[],
+        }
+    }
 }
 
 /// A linear layer whose weight stays in the file: `y = x W^T + b`.
@@ -120,7 +131,30 @@ impl FrozenLinear {
 
     /// `x [tokens, in]` to `[tokens, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
+        x.apply_op1_no_bwd(self)
+    }
+
+    /// The gradient of its input from that of its output, `dx = dy W`, or added to what is there.
+    pub fn back(&self, dy: &[f32], dx: &mut [f32], into: dense::Into) -> Result<()> {
+        let Some(placed) = &self.placed else {
+            return kernels::linear_backward(dy, self.view()?, dx, into, &self.exec)
+                .map_err(refused);
+        };
+        if into == dense::Into::Overwrite {
+            return placed.backward(dy, dx).map_err(failed);
+        }
+        let mut more = vec![0.0; dx.len()];
+        placed.backward(dy, &mut more).map_err(failed)?;
+        dx.iter_mut().zip(more).for_each(|(d, m)| *d += m);
+        Ok(())
+    }
+
+    /// As [`FrozenLinear::back`], into new numbers.
+    pub fn back_new(&self, dy: &[f32]) -> Result<Vec<f32>> {
+        let view = self.view()?;
+        let mut dx = vec![0.0; dy.len() / view.rows().max(1) * view.cols()];
+        self.back(dy, &mut dx, dense::Into::Overwrite)?;
+        Ok(dx)
     }
 }
 
@@ -140,17 +174,6 @@ impl CustomOp1 for FrozenLinear {
         kernels::linear(x, w, self.bias.as_deref(), &mut out, &self.exec).map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, w.rows()).into()))
     }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let mut dx = vec![0.0; x.elem_count()];
-        if let Some(placed) = &self.placed {
-            placed.backward(&to_vec(grad)?, &mut dx).map_err(failed)?;
-            return Ok(Some(tensor_like(dx, x)?));
-        }
-        let (dy, into) = (to_vec(grad)?, dense::Into::Overwrite);
-        kernels::linear_backward(&dy, self.view()?, &mut dx, into, &self.exec).map_err(refused)?;
-        Ok(Some(tensor_like(dx, x)?))
-    }
 }
 
 /// Root mean square norm of rows as long as its weight; a row of the tensor may hold several (heads).
@@ -163,7 +186,21 @@ pub(crate) struct RmsNorm {
 
 impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.track_op() { x.apply_op1(self.clone()) } else { x.apply_op1_no_bwd(self) }
+        x.apply_op1_no_bwd(self)
+    }
+
+    /// The gradient of its input `x` from that of its output, into `dx` or added to it.
+    pub fn back(&self, x: &Tensor, dy: &[f32], dx: &mut [f32], into: dense::Into) -> Result<()> {
+        let Self { weight, eps, offset } = self;
+        kernels::rms_norm_backward(&numbers(x)?, weight, *eps, *offset, dy, dx, into)
+            .map_err(refused)
+    }
+
+    /// As [`RmsNorm::back`], into new numbers.
+    pub fn back_new(&self, x: &Tensor, dy: &[f32]) -> Result<Vec<f32>> {
+        let mut dx = vec![0.0; dy.len()];
+        self.back(x, dy, &mut dx, dense::Into::Overwrite)?;
+        Ok(dx)
     }
 }
 
@@ -177,14 +214,6 @@ impl CustomOp1 for RmsNorm {
         let mut out = vec![0.0; x.len()];
         kernels::rms_norm(x, &self.weight, self.eps, self.offset, &mut out).map_err(refused)?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (values, dy) = (to_vec(x)?, to_vec(grad)?);
-        let mut dx = vec![0.0; values.len()];
-        kernels::rms_norm_backward(&values, &self.weight, self.eps, self.offset, &dy, &mut dx)
-            .map_err(refused)?;
-        Ok(Some(tensor_like(dx, x)?))
     }
 }
 
@@ -206,16 +235,20 @@ impl CustomOp1 for Rope {
         self.table.apply(&mut x, self.heads, self.head_dim, self.from).map_err(refused)?;
         Ok((CpuStorage::F32(x), layout.shape().clone()))
     }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let mut d = to_vec(grad)?;
-        self.table.apply_backward(&mut d, self.heads, self.head_dim, self.from).map_err(refused)?;
-        Ok(Some(tensor_like(d, x)?))
-    }
 }
 
-/// `x` limited to `-c..=c`; the gradient of what lies outside is 0.
+/// `x` limited to `-c..=c`.
 pub(crate) struct Clamp(pub f32);
+
+impl Clamp {
+    /// The gradient of what lies outside is 0.
+    pub fn back(&self, x: &Tensor, d: &mut [f32]) -> Result<()> {
+        let x = numbers(x)?;
+        let outside = d.iter_mut().zip(&*x).filter(|(_, x)| x.abs() > self.0);
+        outside.for_each(|(d, _)| *d = 0.0);
+        Ok(())
+    }
+}
 
 impl CustomOp1 for Clamp {
     fn name(&self) -> &'static str {
@@ -226,12 +259,6 @@ impl CustomOp1 for Clamp {
         let limited = |v: &f32| v.clamp(-self.0, self.0);
         let out = values(storage, layout)?.iter().map(limited).collect();
         Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let inside = |(d, v): (f32, f32)| if v.abs() <= self.0 { d } else { 0.0 };
-        let d = to_vec(grad)?.into_iter().zip(to_vec(x)?).map(inside).collect();
-        Ok(Some(tensor_like(d, x)?))
     }
 }
 
@@ -254,19 +281,10 @@ impl CustomOp2 for Gate {
         self.0.gate(&mut out, values(up, up_layout)?);
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
-
-    fn bwd(
-        &self,
-        gate: &Tensor,
-        up: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (mut d_gate, mut d_up) = (to_vec(gate)?, to_vec(up)?);
-        self.0.gate_backward(&mut d_gate, &mut d_up, &to_vec(grad)?);
-        Ok((Some(tensor_like(d_gate, gate)?), Some(tensor_like(d_up, up)?)))
-    }
 }
+
+/// Numbers of one task of a sum.
+const PART: usize = 1 << 15;
 
 /// `x + scale y`: how attention and MLP are added to the stream.
 ///
@@ -287,32 +305,40 @@ impl CustomOp2 for Residual {
         y: &CpuStorage,
         y_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let pairs = values(x, x_layout)?.iter().zip(values(y, y_layout)?);
-        let sum = if self.scale == 1.0 {
-            pairs.map(|(x, y)| x + y).collect()
+        let (x, y) = (values(x, x_layout)?, values(y, y_layout)?);
+        let add = |(x, y): (&f32, &f32)| x + y * self.scale;
+        let mut sum: Vec<f32>;
+        if x.len() <= PART {
+            sum = x.iter().zip(y).map(add).collect();
         } else {
-            pairs.map(|(x, y)| x + y * self.scale).collect()
-        };
-        Ok((CpuStorage::F32(sum), x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        y: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if self.scale == 1.0 {
-            return Ok((Some(grad.clone()), Some(grad.clone())));
+            sum = vec![0.0; x.len()];
+            let parts = x.par_chunks(PART).zip(y.par_chunks(PART));
+            sum.par_chunks_mut(PART).zip(parts).for_each(|(sum, (x, y))| {
+                sum.iter_mut().zip(x.iter().zip(y)).for_each(|(sum, pair)| *sum = add(pair));
+            });
         }
-        let scaled = to_vec(grad)?.into_iter().map(|d| d * self.scale).collect();
-        Ok((Some(grad.clone()), Some(tensor_like(scaled, y)?)))
+        Ok((CpuStorage::F32(sum), x_layout.shape().clone()))
     }
 }
 
 /// Rows of `x [tokens, width]`, each times the logistic function of its `logit [tokens, 1]`.
 pub(crate) struct Open;
+
+impl Open {
+    /// From `d`, the gradient of the output, to that of `x` in place; returns that of the logits.
+    pub fn back(&self, x: &Tensor, logits: &Tensor, d: &mut [f32]) -> Result<Vec<f32>> {
+        let width = x.dim(1)?.max(1);
+        let (values, mut d_logits) = (numbers(x)?, to_vec(logits)?);
+        let rows = d.chunks_exact_mut(width).zip(values.chunks_exact(width));
+        for ((d, x), logit) in rows.zip(&mut d_logits) {
+            let open = activation::sigmoid(*logit);
+            let sum: f64 = d.iter().zip(x).map(|(d, x)| f64::from(*d) * f64::from(*x)).sum();
+            *logit = open * (1.0 - open) * sum as f32;
+            d.iter_mut().for_each(|v| *v *= open);
+        }
+        Ok(d_logits)
+    }
+}
 
 impl CustomOp2 for Open {
     fn name(&self) -> &'static str {
@@ -334,25 +360,6 @@ impl CustomOp2 for Open {
         }
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        logits: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let width = x.dim(1)?.max(1);
-        let (values, mut d, mut d_logits) = (to_vec(x)?, to_vec(grad)?, to_vec(logits)?);
-        let rows = d.chunks_exact_mut(width).zip(values.chunks_exact(width));
-        for ((d, x), logit) in rows.zip(&mut d_logits) {
-            let open = activation::sigmoid(*logit);
-            let sum: f64 = d.iter().zip(x).map(|(d, x)| f64::from(*d) * f64::from(*x)).sum();
-            *logit = open * (1.0 - open) * sum as f32;
-            d.iter_mut().for_each(|v| *v *= open);
-        }
-        Ok((Some(tensor_like(d, x)?), Some(tensor_like(d_logits, logits)?)))
-    }
 }
 
 /// Causal attention of whole sequences that stand one after the other: `q`, `k`, `v` `[tokens, heads * dim]`.
@@ -365,11 +372,35 @@ pub(crate) struct SelfAttention {
 
 impl SelfAttention {
     /// `[tokens, heads * v_dim]`.
-    pub fn forward(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        if q.track_op() || k.track_op() || v.track_op() {
-            return q.apply_op3(k, v, self);
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        q.apply_op3_no_bwd(k, v, self)
+    }
+
+    /// Gradients of queries, keys and values from that of `out`, which they gave.
+    pub fn back(&self, [q, k, v]: [&Tensor; 3], out: &Tensor, d: &[f32]) -> Result<[Vec<f32>; 3]> {
+        let s = &self.spec;
+        let out_width = s.heads * s.v_dim;
+        let widths =
+            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, out_width, out_width];
+        let (q, k, v, out) = (numbers(q)?, numbers(k)?, numbers(v)?, numbers(out)?);
+        let all: [&[f32]; 5] = [&q, &k, &v, &out, d];
+        let parts: Vec<kernels::AttentionGradients> = self
+            .sequences
+            .par_iter()
+            .map(|rows| {
+                let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
+                let [q, k, v, out, d] = [0, 1, 2, 3, 4].map(part);
+                kernels::attention_backward([q, k, v], out, d, s, &self.exec)
+            })
+            .collect::<std::result::Result<_, _>>()
+            .map_err(refused)?;
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| Vec::with_capacity(all[i].len()));
+        for part in parts {
+            dq.extend(part.q);
+            dk.extend(part.k);
+            dv.extend(part.v);
         }
-        q.apply_op3_no_bwd(k, v, &self)
+        Ok([dq, dk, dv])
     }
 }
 
@@ -407,45 +438,6 @@ impl CustomOp3 for SelfAttention {
         }
         Ok((CpuStorage::F32(out), (tokens, out_width).into()))
     }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let s = &self.spec;
-        let out_width = s.heads * s.v_dim;
-        let widths =
-            [s.heads * s.qk_dim, s.kv_heads * s.qk_dim, s.kv_heads * s.v_dim, out_width, out_width];
-        let mut all = Vec::new();
-        for tensor in [q, k, v, out, grad] {
-            all.push(to_vec(tensor)?);
-        }
-        let parts: Vec<kernels::AttentionGradients> = self
-            .sequences
-            .par_iter()
-            .map(|rows| {
-                let part = |i: usize| &all[i][rows.start * widths[i]..rows.end * widths[i]];
-                let [q, k, v, out, d] = [0, 1, 2, 3, 4].map(part);
-                kernels::attention_backward([q, k, v], out, d, s, &self.exec)
-            })
-            .collect::<std::result::Result<_, _>>()
-            .map_err(refused)?;
-        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| vec![0.0; all[i].len()]);
-        for (rows, part) in self.sequences.iter().zip(&parts) {
-            for (all, part, width) in [
-                (&mut dq, &part.q, widths[0]),
-                (&mut dk, &part.k, widths[1]),
-                (&mut dv, &part.v, widths[2]),
-            ] {
-                all[rows.start * width..rows.end * width].copy_from_slice(part);
-            }
-        }
-        Ok((Some(tensor_like(dq, q)?), Some(tensor_like(dk, k)?), Some(tensor_like(dv, v)?)))
-    }
 }
 
 /// Attention of new tokens to a cache that holds them already. It has no gradient: a cache keeps numbers only.
@@ -477,22 +469,5 @@ impl CustomOp1 for CachedAttention<'_> {
         }
         .map_err(refused)?;
         Ok((CpuStorage::F32(out), (tokens, width).into()))
-    }
-}
-
-/// A scalar, 0, whose gradient with respect to its argument is known from elsewhere: where a walk back begins.
-pub(crate) struct KnownGradient(pub Tensor);
-
-impl CustomOp1 for KnownGradient {
-    fn name(&self) -> &'static str {
-        "known-gradient"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), ().into()))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
     }
 }

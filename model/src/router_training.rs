@@ -1,9 +1,9 @@
 //! Router-only training: gradients into the gates of a MoE, everything else frozen.
 //!
-//! A step: draw a balanced batch, run it through the frozen model with the current gates, keep only the input of each
-//! layer and what its routed experts gave, and go back layer by layer, each computed again from its input (gradient
-//! checkpointing); logits exist for a chunk of tokens at a time. Memory: two streams of one batch for each layer, and
-//! the activations of one layer.
+//! A step: draw a balanced batch, run it through the frozen model with the current gates, and go back layer by layer. The
+//! activations of as many layers as fit into half a gigabyte are kept for that; of the others only the input and what the
+//! routed experts gave, and they are computed again (gradient checkpointing). Logits exist for a chunk of tokens at a time.
+//! Memory: those activations, two streams of one batch for each other layer, and the activations of one layer.
 //!
 //! **What a gate learns.** The choice of experts has no gradient; the weights of the chosen ones have. So an expert that
 //! a token does not visit learns nothing from it, and where each token visits one expert with weight 1 there is nothing
@@ -38,12 +38,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use moe_merge_checkpoint::Source;
 use moe_merge_kernels::KernelError;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
+use crate::layer::Keeper;
 use crate::ops::to_vec;
 
 mod check;
@@ -462,10 +463,10 @@ impl Run<'_> {
         let batch = network.batch(pieces)?;
         let routers = Routers::Gates(network.tensors(&self.state.gates)?, top_k);
         let first = self.state.gates.keys().next().copied().unwrap_or(0);
-        let (mut kept, mut rms) = (Vec::new(), Gates::new());
-        let stream = network.forward(&batch, &routers, interrupted, |l, input, passed| {
+        let (mut kept, mut rms, mut keeper) = (Vec::new(), Gates::new(), Keeper::default());
+        let stream = network.forward(&batch, &routers, interrupted, |l, passed, trail| {
             if l >= first {
-                kept.push(network::Kept { input: input.clone(), routed: passed.routed.clone() });
+                kept.push(keeper.keep(trail, &passed.routed));
             }
             if passed.logits.is_some() && !self.state.input_rms.contains_key(&l) {
                 let rows = to_vec(&passed.mlp_input)?;
@@ -492,8 +493,6 @@ impl Run<'_> {
         for (row, d) in places.rows.iter().zip(d_rows.chunks_exact(hidden)) {
             d_stream[row * hidden..(row + 1) * hidden].copy_from_slice(d);
         }
-        let d_stream =
-            Tensor::from_vec(d_stream, stream.shape(), &Device::Cpu).map_err(ModelError::from)?;
         let penalties = (self.options.load_balance, self.options.z_loss);
         let back = network::Back { batch: &batch, routers: &routers, counted: &counted, penalties };
         let found = network.backward(&back, kept, d_stream, interrupted)?;

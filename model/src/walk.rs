@@ -108,7 +108,7 @@ fn step(
             None => Gating::Stored,
             Some((weights, moe)) => {
                 let top_k = moe.router.top_k;
-                Gating::Weights(OtherRouter { weights, top_k, known: None })
+                Gating::Weights(OtherRouter { weights, top_k })
             }
         };
         batch.stream = layer.fed(spec, &x, mlp_input, gating)?.stream;

@@ -9,7 +9,7 @@ use crate::error::KernelError;
 use crate::routing::Routing;
 
 impl CudaMoe {
-    /// As [`crate::moe_backward`]: the gradient with respect to `x` (overwritten; left out where it is not wanted), and,
+    /// As [`crate::MoeBlock::backward`]: the gradient with respect to `x` (overwritten; left out where it is not wanted), and,
     /// returned, to the weights of the slots, `[tokens, top_k]`.
     ///
     /// # Errors

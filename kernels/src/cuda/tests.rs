@@ -16,7 +16,7 @@ use crate::dispatch::ExpertView;
 use crate::error::KernelError;
 use crate::routing::{RouterSpec, Routing, Score, route};
 use crate::view::MatView;
-use crate::{Accuracy, Activation, Exec, linear_backward, moe_backward};
+use crate::{Accuracy, Activation, Exec, MoeBlock, linear_backward};
 
 const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 
@@ -192,12 +192,20 @@ fn dispatch_equals_the_cpu() {
                 let (d_out, exec) = (numbers(x.len(), 7), Exec::default());
                 let [mut d_x, mut d_x_wanted] = [0, 1].map(|_| vec![f32::NAN; x.len()]);
                 let dw = moe.backward(&x, &routing, curve, &d_out, Some(&mut d_x)).unwrap();
-                let wanted =
-                    moe_backward(&x, &routing, &views, curve, &d_out, Some(&mut d_x_wanted), &exec)
-                        .unwrap();
-                near(&dw, &wanted, 4.0 * EXACT, &format!("slot weights {what}"));
+                let (routing, experts) = (&routing, &views[..]);
+                let block = MoeBlock {
+                    x: &x,
+                    routing,
+                    experts,
+                    activation: curve,
+                    lora: None,
+                    exec: &exec,
+                };
+                let inner = block.inner().unwrap();
+                let wanted = block.backward(inner, &d_out, Some(&mut d_x_wanted)).unwrap();
+                near(&dw, &wanted.weights, 4.0 * EXACT, &format!("slot weights {what}"));
                 near(&d_x, &d_x_wanted, 4.0 * EXACT, &format!("input {what}"));
-                assert_eq!(moe.backward(&x, &routing, curve, &d_out, None).unwrap(), dw);
+                assert_eq!(moe.backward(&x, routing, curve, &d_out, None).unwrap(), dw);
             }
         }
     }
@@ -376,7 +384,7 @@ proptest! {
         let moe = CudaMoe::upload(&device, &views).unwrap();
         moe.forward(&x, &routing, Activation::Silu, &mut found).unwrap();
         moe_forward(&x, &routing, &views, Activation::Silu, &mut wanted).unwrap();
-        near(&found, &wanted, 2.0 * EXACT, "output");
+        near(&found, &wanted, 4.0 * EXACT, "output");
     }
 }
 

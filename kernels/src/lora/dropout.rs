@@ -24,7 +24,7 @@ const ROWS: usize = 96;
 
 impl Dropout {
     /// `x [tokens, cols]` with some numbers left out.
-    pub(super) fn of(&self, x: &[f32], cols: usize) -> Scratch {
+    pub(crate) fn of(&self, x: &[f32], cols: usize) -> Scratch {
         let mut out = Scratch::new(x.len());
         let parts = Parts::new(&mut out);
         for_each(x.len().div_ceil((ROWS * cols).max(1)), x.len() >= 1 << 16, |task| {
@@ -39,7 +39,7 @@ impl Dropout {
     }
 
     /// Leaves out some of `values`, the first of which is number `from` of the matrix, counted row by row.
-    pub(super) fn apply(&self, from: usize, values: &mut [f32]) {
+    pub(crate) fn apply(&self, from: usize, values: &mut [f32]) {
         let least = (f64::from(self.share) * (1u64 << 32) as f64) as u32;
         let scale = 1.0 / (1.0 - self.share);
         for (i, value) in values.iter_mut().enumerate() {
@@ -60,11 +60,12 @@ fn mixed(key: u64, at: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lora::tests::{bytes, numbers};
+    use crate::dense::Into;
+    use crate::moe_block::tests::{bytes, numbers};
     use crate::view::MatView;
     use crate::{
-        Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, Routing, lora_linear,
-        lora_linear_backward, moe_backward_lora, moe_forward_lora,
+        Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, MoeBlock, Routing, lora_linear,
+        lora_linear_backward,
     };
 
     fn dot(a: &[f32], b: &[f32]) -> f64 {
@@ -131,34 +132,37 @@ mod tests {
             ids: vec![0, 1, 1, 0, 1, 1],
             weights: vec![0.5, 0.25, 1.0, 0.75, 0.5, 1.5],
         };
-        let (silu, exec) = (Activation::Silu, Exec::default());
+        let exec = Exec::default();
         let d_out = numbers(tokens * hidden, 9);
         // x, then a and b of gate, up and down, of rank 2.
         let sizes =
             [tokens * hidden, 2 * hidden, inter * 2, 2 * hidden, inter * 2, 2 * inter, hidden * 2];
         let start: Vec<Vec<f32>> =
             sizes.iter().enumerate().map(|(i, n)| numbers(*n, 20 + i)).collect();
+        fn block<'a>(
+            shared: (&'a Routing, &'a [ExpertView<'a>], &'a Exec),
+            x: &'a [f32],
+            lora: ExpertLora<'a>,
+        ) -> MoeBlock<'a> {
+            let ((routing, experts, exec), activation) = (shared, Activation::Silu);
+            MoeBlock { x, routing, experts, activation, lora: Some(lora), exec }
+        }
+        let shared = (&routing, &experts[..], &exec);
         let value = |inputs: &[Vec<f32>]| {
             let [gate, up, down] = pairs_of(inputs).map(Some);
             let lora = ExpertLora { expert: 1, gate, up, down };
+            let block = block(shared, &inputs[0], lora);
             let mut out = vec![0.0; tokens * hidden];
-            moe_forward_lora(&inputs[0], &routing, &experts, silu, &lora, &mut out, &exec).unwrap();
+            block.forward(&block.inner().unwrap(), &mut out).unwrap();
             dot(&out, &d_out)
         };
         let [gate, up, down] = pairs_of(&start).map(Some);
         let pairs = ExpertLora { expert: 1, gate, up, down };
         let mut d_x = vec![0.0; tokens * hidden];
-        let found = moe_backward_lora(
-            &start[0],
-            &routing,
-            &experts,
-            silu,
-            &pairs,
-            &d_out,
-            Some(&mut d_x),
-            &exec,
-        )
-        .unwrap();
+        let block = block(shared, &start[0], pairs);
+        let back =
+            |d_x: Option<&mut [f32]>| block.backward(block.inner().unwrap(), &d_out, d_x).unwrap();
+        let found = back(Some(&mut d_x));
         let [gate, up, down] = [found.gate, found.up, found.down].map(Option::unwrap);
         let found = [d_x, gate.a, gate.b, up.a, up.b, down.a, down.b];
         for (which, found) in found.iter().enumerate() {
@@ -174,9 +178,7 @@ mod tests {
             }
         }
         // Without an input gradient the factors' stay.
-        let again =
-            moe_backward_lora(&start[0], &routing, &experts, silu, &pairs, &d_out, None, &exec);
-        assert_eq!(again.unwrap().down.unwrap().a, found[5]);
+        assert_eq!(back(None).down.unwrap().a, found[5]);
     }
 
     /// The pairs among what a test moves, each with a key of its own.
@@ -204,7 +206,9 @@ mod tests {
         let [x, a, b] = &start;
         let pair = LoraPair { a, b, rank: 2, scale: 0.5, dropout };
         let mut dx = vec![0.0; tokens * cols];
-        let found = lora_linear_backward(x, view, &pair, &dy, Some(&mut dx), &exec).unwrap();
+        let found =
+            lora_linear_backward(x, view, &pair, &dy, Some((&mut dx, Into::Overwrite)), &exec);
+        let found = found.unwrap();
         for (which, found) in [dx, found.a, found.b].iter().enumerate() {
             for (i, found) in found.iter().enumerate() {
                 let moved = |by: f32| {

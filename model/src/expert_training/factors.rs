@@ -1,11 +1,10 @@
 //! Factors: first values, and the way into a pass.
 
-use candle_core::{Device, Tensor, Var};
+use moe_merge_kernels::{ExpertLora, LoraPair};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::{Dropout, FactorKind, FactorPair, FactorPlan, Factors, Part, TrainedFactors};
-use crate::lora::{ExpertFactors, LoraFactors};
 
 /// A step of a router moves a logit by at most about so many times the learning rate, whatever the width.
 const ROUTER_RATE: f32 = 64.0;
@@ -61,24 +60,17 @@ impl FactorPair {
     }
 }
 
-/// Dropout of one projection of one layer.
-fn keyed(dropout: Dropout, layer: usize, part: Part) -> Dropout {
-    let mut random = ChaCha12Rng::seed_from_u64(dropout.key);
-    random.set_stream((layer as u64) << 8 | part as u64);
-    Dropout { key: random.next_u64(), ..dropout }
-}
-
 fn identity(size: usize) -> Vec<f32> {
     let mut rows = vec![0.0; size * size];
     rows.iter_mut().step_by(size + 1).for_each(|v| *v = 1.0);
     rows
 }
 
-/// The factors of one layer as tensors.
-pub(super) struct LayerFactors {
-    pub factors: ExpertFactors,
-    /// Tensors `a` and `b` of each pair, in the order of [`Part`].
-    pub tensors: Vec<(Part, [Tensor; 2])>,
+/// Dropout of one projection of one layer.
+fn keyed(dropout: Dropout, layer: usize, part: Part) -> Dropout {
+    let mut random = ChaCha12Rng::seed_from_u64(dropout.key);
+    random.set_stream((layer as u64) << 8 | part as u64);
+    Dropout { key: random.next_u64(), ..dropout }
 }
 
 impl Factors {
@@ -87,36 +79,15 @@ impl Factors {
         self.pairs.values().map(FactorPair::parameters).sum()
     }
 
-    /// Those of `layer`, if there are any; as variables where a gradient is wanted.
-    pub(super) fn of(
-        &self,
-        layer: usize,
-        expert: usize,
-        variables: bool,
-    ) -> candle_core::Result<Option<LayerFactors>> {
-        let mut found = ExpertFactors { expert, gate: None, up: None, down: None };
-        let mut tensors = Vec::new();
-        for ((_, part), pair) in self.pairs.range((layer, Part::Gate)..=(layer, Part::Down)) {
-            let tensor = |values: &[f32], shape: (usize, usize), trained: bool| {
-                let tensor = Tensor::from_slice(values, shape, &Device::Cpu)?;
-                match variables && trained {
-                    true => Ok(Var::from_tensor(&tensor)?.into_inner()),
-                    false => candle_core::Result::Ok(tensor),
-                }
-            };
-            let trains = pair.trains();
-            let a = tensor(&pair.a, (pair.rank, pair.input), trains[0])?;
-            let b = tensor(&pair.b, (pair.output, pair.rank), trains[1])?;
-            let (scale, dropout) = (self.scale, self.dropout.map(|d| keyed(d, layer, *part)));
-            let lora = LoraFactors { a: a.clone(), b: b.clone(), scale, dropout };
-            match part {
-                Part::Gate => found.gate = Some(lora),
-                Part::Up => found.up = Some(lora),
-                Part::Down => found.down = Some(lora),
-                Part::Router => continue,
-            }
-            tensors.push((*part, [a, b]));
-        }
-        Ok((!tensors.is_empty()).then_some(LayerFactors { factors: found, tensors }))
+    /// Those beside the projections of `layer`, if there are any.
+    pub(super) fn of(&self, layer: usize, expert: usize) -> Option<ExpertLora<'_>> {
+        let pair = |part| {
+            let FactorPair { rank, a, b, .. } = self.pairs.get(&(layer, part))?;
+            let dropout = self.dropout.map(|d| keyed(d, layer, part));
+            Some(LoraPair { a, b, rank: *rank, scale: self.scale, dropout })
+        };
+        let [gate, up, down] = Part::ALL.map(pair);
+        let some = gate.is_some() || up.is_some() || down.is_some();
+        some.then_some(ExpertLora { expert, gate, up, down })
     }
 }

@@ -1,9 +1,10 @@
 //! Loss and gradients for low-rank factors beside the MLPs of one expert, or of a dense model; everything else is frozen.
 //!
 //! A batch is sequences of any length, one after the other in one matrix: nothing is padded, and no sequence sees another.
-//! Of each layer only its input and what its routed experts gave are kept, and the walk back computes each layer again
-//! (gradient checkpointing); it ends at the first layer that has factors. Logits exist for some hundred tokens at a time.
-//! Memory: two streams of one batch for each layer, and the activations of one layer.
+//! The activations of as many layers as fit into half a gigabyte are kept for the walk back; of the others only the input and
+//! what the routed experts gave, and they are computed again (gradient checkpointing). The walk ends at the first layer that
+//! has factors. Logits exist for some hundred tokens at a time. Memory: those activations, two streams of one batch for each
+//! other layer, and the activations of one layer.
 //!
 //! ```no_run
 //! use moe_merge_checkpoint::Source;

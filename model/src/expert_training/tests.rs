@@ -6,6 +6,7 @@ use moe_merge_checkpoint::Source;
 use moe_merge_testkit::repository;
 
 use super::*;
+use crate::layer::Keeper;
 use crate::{Cache, LogitRows, Model};
 
 const MOE: &str = "model/tests/data/mixtral_fused";
@@ -148,6 +149,28 @@ fn gradients_of_a_row_of_the_router_are_slopes() {
     }
     let forced = Trainee::open(&source, Some(1), Route::Forced).unwrap();
     assert!(forced.size(0, Part::Router).is_none(), "nobody asks the router");
+}
+
+#[test]
+fn what_is_not_kept_is_computed_again_to_the_same_bits() {
+    for (folder, expert) in [(MOE, Some(1)), (DENSE, None)] {
+        let source = source(folder);
+        let mut trainee = Trainee::open(&source, expert, Route::Natural).unwrap();
+        let layers = trainee.spec().layers.len();
+        let mut parts = Part::ALL.to_vec();
+        parts.extend(expert.map(|_| Part::Router));
+        let plan = FactorPlan { parts, ..plan(FactorKind::LowRank(2), 0..layers) };
+        let factors = moved(trainee.factors(&plan));
+        let lessons = lessons(trainee.spec().vocab);
+        let lessons: Vec<&Lesson> = lessons.iter().collect();
+        let mut gradients = |bytes| {
+            trainee.keeper = Keeper::of(bytes);
+            trainee.gradient(&factors, &lessons, &Goal::NextToken, 0.5, &mut || false).unwrap()
+        };
+        let all = gradients(usize::MAX);
+        assert_eq!(all, gradients(0), "{folder}");
+        assert_eq!(all, gradients(10_000), "{folder}: some");
+    }
 }
 
 #[test]

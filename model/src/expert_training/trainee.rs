@@ -2,18 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
-use moe_merge_kernels::{Exec, KernelError};
+use moe_merge_kernels::{Exec, KernelError, LoraGradients};
 
 use super::{
     BatchGradient, BatchLoss, FactorGradients, FactorPair, FactorPlan, Factors, GradientError,
     Lesson, Part, Route,
 };
 use crate::error::ModelError;
-use crate::layer::{Adapted, Gating, Layer, OtherRouter, Passed, Past};
+use crate::layer::{Changes, Gating, Keeper, Kept, Layer, OtherRouter, Passed, Trail, Wanted};
 use crate::model::{Model, Tables, check_length, embed, in_pool};
-use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
+use crate::ops::{FrozenLinear, RmsNorm, to_vec};
 use crate::probe::Batch;
 use crate::router_training::head::{Head, Losses, Target};
 use crate::spec::{Mlp, Spec};
@@ -37,16 +37,12 @@ pub struct Trainee {
     head: FrozenLinear,
     expert: Option<usize>,
     route: Route,
+    /// What of a batch may be kept for the way back.
+    pub(super) keeper: Keeper,
 }
 
 /// Asked between layers whether to give up.
 type Interrupted<'a> = dyn FnMut() -> bool + Send + 'a;
-
-/// What is kept of a layer for the walk back.
-struct Kept {
-    input: Tensor,
-    routed: Option<Tensor>,
-}
 
 /// The rows of a batch whose prediction counts.
 struct Places {
@@ -81,7 +77,7 @@ impl Trainee {
             return Err(ModelError::Expert { expert, experts: fewest.unwrap_or(0) });
         }
         let Model { spec, embedding, layers, norm, head } = Model::open_with(source, exec)?;
-        Ok(Self { spec, embedding, layers, norm, head, expert, route })
+        Ok(Self { spec, embedding, layers, norm, head, expert, route, keeper: Keeper::default() })
     }
 
     /// What the model is made of.
@@ -143,7 +139,7 @@ impl Trainee {
         let batch = self.batch(lessons)?;
         let places = Places::of(lessons);
         let mut visits = BTreeMap::new();
-        let stream = self.forward(&batch, factors, interrupted, |l, _, passed| {
+        let stream = self.forward(&batch, factors, interrupted, |l, passed, _| {
             visits.extend(self.visits(passed).map(|v| (l, v)));
         })?;
         let nats = self.loss(&stream, &places, lessons, goal, None, interrupted)?.nats;
@@ -167,7 +163,7 @@ impl Trainee {
         in_pool(|| {
             let batch = self.batch(lessons)?;
             let mut seen = Ok(());
-            self.forward(&batch, None, interrupted, |l, _, passed| {
+            self.forward(&batch, None, interrupted, |l, passed, _| {
                 if let (Some(logits), Some(expert), Ok(())) = (&passed.logits, self.expert, &seen) {
                     seen = see(l, &passed.mlp_input, logits, expert);
                 }
@@ -202,10 +198,10 @@ impl Trainee {
         let batch = self.batch(lessons)?;
         let places = Places::of(lessons);
         let first = factors.pairs.keys().next().map_or(self.layers.len(), |(l, _)| *l);
-        let (mut kept, mut visits) = (Vec::new(), BTreeMap::new());
-        let stream = self.forward(&batch, Some(factors), interrupted, |l, input, passed| {
+        let (mut kept, mut visits, mut keeper) = (Vec::new(), BTreeMap::new(), self.keeper);
+        let stream = self.forward(&batch, Some(factors), interrupted, |l, passed, trail| {
             if l >= first {
-                kept.push(Kept { input: input.clone(), routed: passed.routed.clone() });
+                kept.push(keeper.keep(trail, &passed.routed));
             }
             visits.extend(self.visits(passed).map(|v| (l, v)));
         })?;
@@ -221,7 +217,6 @@ impl Trainee {
         for (row, d) in places.rows.iter().zip(d_rows.chunks_exact(hidden)) {
             d_stream[row * hidden..(row + 1) * hidden].copy_from_slice(d);
         }
-        let d_stream = Tensor::from_vec(d_stream, stream.shape(), &Device::Cpu)?;
         let found = self.backward(&batch, factors, kept, d_stream, interrupted)?;
         let tokens = batch.positions.len();
         Ok(BatchGradient { nats, scored: places.rows.len(), factors: found, visits, tokens })
@@ -245,13 +240,13 @@ impl Trainee {
         Ok(Head { spec, norm, weight: self.head.view()?, exec })
     }
 
-    /// The stream after the last layer; `see` gets number, input and result of each layer.
+    /// The stream after the last layer; `see` gets number and result of each layer, and what it leaves for the way back.
     fn forward(
         &self,
         batch: &Batch,
         factors: Option<&Factors>,
         interrupted: &mut Interrupted<'_>,
-        mut see: impl FnMut(usize, &Tensor, &Passed),
+        mut see: impl FnMut(usize, &Passed, Trail),
     ) -> Result<Tensor, GradientError> {
         let mut tables = Tables::new(&batch.positions);
         let mut x = batch.stream.clone();
@@ -260,25 +255,17 @@ impl Trainee {
             if interrupted() {
                 return Err(GradientError::Interrupted);
             }
-            let own = factors.map(|f| f.of(l, self.expert.unwrap_or(0), false)).transpose()?;
-            let own = own.flatten();
-            let adapted = own.as_ref().map(|o| Adapted { factors: &o.factors, known: None });
-            let router = factors.map(|f| self.router(l, f, false)).transpose()?.flatten();
-            let gating = self.gating(l, forced.as_deref(), router.as_ref(), None);
-            let passed = self.layer(l, &x, &mut tables, batch, gating, adapted)?;
-            see(l, &x, &passed);
+            let router = factors.map(|f| self.router(l, f)).transpose()?.flatten();
+            let changes = self.changes(l, factors, forced.as_deref(), router.as_ref());
+            let (passed, trail) = self.layer(l, &x, &mut tables, batch, &changes, None)?;
+            see(l, &passed, trail);
             x = passed.stream;
         }
         Ok(x)
     }
 
     /// The router of a layer with the trained row of the expert; none where it is not trained.
-    fn router(
-        &self,
-        layer: usize,
-        factors: &Factors,
-        variable: bool,
-    ) -> Result<Option<Tensor>, GradientError> {
+    fn router(&self, layer: usize, factors: &Factors) -> Result<Option<Tensor>, GradientError> {
         let Some(pair) = factors.pairs.get(&(layer, Part::Router)) else { return Ok(None) };
         let (Some((_, router)), Some(expert)) = (self.layers[layer].router(), self.expert) else {
             return Ok(None);
@@ -292,28 +279,30 @@ impl Trainee {
         let rate = factors.scale * pair.b[0];
         let own = &mut values[expert * hidden..(expert + 1) * hidden];
         own.iter_mut().zip(&pair.a).for_each(|(w, a)| *w += rate * a);
-        let router = Tensor::from_vec(values, (experts, hidden), &Device::Cpu)?;
-        Ok(Some(if variable { Var::from_tensor(&router)?.into_inner() } else { router }))
+        Ok(Some(Tensor::from_vec(values, (experts, hidden), &Device::Cpu)?))
     }
 
-    /// Who chooses the experts in a layer: another router, nobody, or its own one.
-    fn gating<'a>(
+    /// How a layer differs from the stored one: who chooses the experts (another router, nobody, or its own one), and the
+    /// factors in it.
+    fn changes<'a>(
         &self,
         layer: usize,
+        factors: Option<&'a Factors>,
         forced: Option<&'a [u32]>,
         router: Option<&'a Tensor>,
-        known: Option<&'a Tensor>,
-    ) -> Gating<'a> {
-        match (forced, router, self.layers[layer].router()) {
+    ) -> Changes<'a> {
+        let gating = match (forced, router, self.layers[layer].router()) {
             (Some(ids), ..) => Gating::Forced(ids),
             (None, Some(weights), Some((moe, _))) => {
-                Gating::Weights(OtherRouter { weights, top_k: moe.router.top_k, known })
+                Gating::Weights(OtherRouter { weights, top_k: moe.router.top_k })
             }
             _ => match self.expert.filter(|_| self.route == Route::Always) {
                 Some(expert) => Gating::Always(expert),
                 None => Gating::Stored,
             },
-        }
+        };
+        let lora = factors.and_then(|f| f.of(layer, self.expert.unwrap_or(0)));
+        Changes { gating, lora }
     }
 
     /// The gradient of a router's row `a`, from that of the whole router.
@@ -321,10 +310,8 @@ impl Trainee {
         &self,
         layer: usize,
         factors: &Factors,
-        gradient: Option<&Tensor>,
+        all: &[f32],
     ) -> Result<Vec<f32>, GradientError> {
-        let missing = || candle_core::Error::msg("no gradient reached a router");
-        let all = to_vec(gradient.ok_or_else(missing)?)?;
         let pair = &factors.pairs[&(layer, Part::Router)];
         let (rate, from) = (factors.scale * pair.b[0], self.expert.unwrap_or(0) * pair.input);
         let row = all[from..from + pair.input].iter().map(|g| rate * g).collect::<Vec<f32>>();
@@ -347,15 +334,12 @@ impl Trainee {
         x: &Tensor,
         tables: &mut Tables<'_>,
         batch: &Batch,
-        gating: Gating<'_>,
-        adapted: Option<Adapted<'_>>,
-    ) -> Result<Passed, GradientError> {
-        let (layer, past) = (&self.layers[l], Past::None(&batch.rows));
+        changes: &Changes<'_>,
+        known: Option<&Tensor>,
+    ) -> Result<(Passed, Trail), GradientError> {
+        let (layer, spec) = (&self.layers[l], &self.spec);
         let table = tables.of(layer.rope());
-        let passed = match adapted {
-            Some(adapted) => layer.forward_adapted(&self.spec, x, table, past, gating, adapted),
-            None => layer.forward_gated(&self.spec, x, table, past, gating),
-        };
+        let passed = layer.forward_trail(spec, x, table, &batch.rows, changes, known);
         passed.map_err(|e| match e {
             ModelError::Router { layer, source: KernelError::NotFinite { .. } } => {
                 GradientError::NotFinite { what: format!("a router logit of layer {layer}") }
@@ -389,13 +373,15 @@ impl Trainee {
         }
     }
 
-    /// Back through the layers, each computed again from its input, down to the first one with factors.
+    /// Back through the layers down to the first one with factors; those that were not kept whole are computed again.
+    ///
+    /// * `d`: gradient of the last stream, `[tokens, hidden]`
     fn backward(
         &self,
         batch: &Batch,
         factors: &Factors,
         mut kept: Vec<Kept>,
-        mut d_stream: Tensor,
+        mut d: Vec<f32>,
         interrupted: &mut Interrupted<'_>,
     ) -> Result<FactorGradients, GradientError> {
         let mut found = FactorGradients::new();
@@ -407,44 +393,54 @@ impl Trainee {
                 return Err(GradientError::Interrupted);
             }
             let Some(kept) = kept.pop() else { break };
-            let x =
-                if l > first { Var::from_tensor(&kept.input)?.into_inner() } else { kept.input };
-            let own = factors.of(l, self.expert.unwrap_or(0), true)?;
-            let known = kept.routed.as_ref();
-            let adapted = own.as_ref().map(|o| Adapted { factors: &o.factors, known });
-            let router = self.router(l, factors, true)?;
-            let gating = self.gating(l, forced.as_deref(), router.as_ref(), known);
-            let passed = self.layer(l, &x, &mut tables, batch, gating, adapted)?;
-            let root = passed.stream.apply_op1(KnownGradient(d_stream))?;
-            let mut gradients = root.backward()?;
-            for (part, tensors) in own.iter().flat_map(|o| &o.tensors) {
-                let gradient = |tensor: &Tensor| -> Result<Vec<f32>, GradientError> {
-                    if !tensor.is_variable() {
-                        return Ok(Vec::new());
-                    }
-                    let missing = || candle_core::Error::msg("no gradient reached a factor");
-                    let values = to_vec(gradients.get(tensor).ok_or_else(missing)?)?;
-                    if values.iter().any(|g| !g.is_finite()) {
-                        let what = format!("the gradient of `{}` of layer {l}", part.name());
-                        return Err(GradientError::NotFinite { what });
-                    }
-                    Ok(values)
-                };
-                found.insert((l, *part), [gradient(&tensors[0])?, gradient(&tensors[1])?]);
+            let router = self.router(l, factors)?;
+            let changes = self.changes(l, Some(factors), forced.as_deref(), router.as_ref());
+            let trail = match kept {
+                Kept::Trail(trail) => *trail,
+                Kept::Input(x, known) => {
+                    self.layer(l, &x, &mut tables, batch, &changes, known.as_ref())?.1
+                }
+            };
+            let layer = &self.layers[l];
+            let along = (tables.of(layer.rope()), &batch.rows[..]);
+            let wanted = Wanted { input: l > first, router: router.is_some(), d_logits: None };
+            let gradients = layer.backward(&self.spec, trail, along, &changes, wanted, d)?;
+            for (part, gradient) in Part::ALL.into_iter().zip(gradients.factors) {
+                if let Some(gradient) = gradient {
+                    let pair = &factors.pairs[&(l, part)];
+                    found.insert((l, part), trained(pair, gradient, (l, part))?);
+                }
             }
-            if let Some(router) = &router {
-                let gradient = gradients.get(router);
-                let row = self.router_gradient(l, factors, gradient)?;
+            if let Some(gradient) = gradients.router {
+                let row = self.router_gradient(l, factors, &gradient)?;
                 found.insert((l, Part::Router), [row, Vec::new()]);
             }
-            if l == first {
-                break;
+            match gradients.input {
+                Some(next) => d = next,
+                None => break,
             }
-            let missing = || candle_core::Error::msg("no gradient reached a layer's input");
-            d_stream = gradients.remove(&x).ok_or_else(missing)?;
         }
         Ok(found)
     }
+}
+
+/// The gradients of the factors that are trained; the others are empty.
+fn trained(
+    pair: &FactorPair,
+    LoraGradients { a, b }: LoraGradients,
+    (layer, part): (usize, Part),
+) -> Result<[Vec<f32>; 2], GradientError> {
+    let mut both = [a, b];
+    for (gradient, trained) in both.iter_mut().zip(pair.trains()) {
+        if !trained {
+            gradient.clear();
+        }
+        if gradient.iter().any(|g| !g.is_finite()) {
+            let what = format!("the gradient of `{}` of layer {layer}", part.name());
+            return Err(GradientError::NotFinite { what });
+        }
+    }
+    Ok(both)
 }
 
 impl Places {

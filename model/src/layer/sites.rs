@@ -5,7 +5,7 @@ use moe_merge_kernels::RopeTable;
 
 use super::{Feed, Layer, Past, Projections};
 use crate::error::ModelError;
-use crate::ops::{FrozenLinear, Gate, apply2};
+use crate::ops::{FrozenLinear, Gate};
 use crate::side_by_side::Site;
 use crate::spec::{AttentionKind, LayerSpec, Mlp, Spec};
 
@@ -68,14 +68,14 @@ impl Layer {
             return Ok(SiteInput { input: self.input_norm.forward(x)?, stream: x.clone() });
         }
         if site == Site::AttentionOut {
-            let input = self.mixed(spec, &self.input_norm.forward(x)?, table, past)?;
+            let input = self.mixed(spec, &self.input_norm.forward(x)?, table, past)?.mixed;
             return Ok(SiteInput { input, stream: x.clone() });
         }
         let (stream, mlp_input) = self.attended(spec, x, table, past)?;
         let input = match (site, &self.mlp) {
             (Site::MlpOut, Feed::Dense(mlp)) => {
                 let (gate, up) = (mlp.gate.forward(&mlp_input)?, mlp.up.forward(&mlp_input)?);
-                apply2(&gate, &up, Gate(spec.activation))?
+                gate.apply_op2_no_bwd(&up, &Gate(spec.activation))?
             }
             _ => mlp_input,
         };

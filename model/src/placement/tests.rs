@@ -1,15 +1,14 @@
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device as Host, Tensor, Var};
+use candle_core::{Device as Host, Tensor};
 use moe_merge_checkpoint::Source;
 use moe_merge_kernels::Exec;
 use moe_merge_kernels::cuda::emulated;
 use moe_merge_testkit::golden::{LOGITS_F32, relative_difference};
 
 use super::*;
-use crate::layer::{Layer, Past};
+use crate::layer::{Changes, Gating, Layer, Wanted};
 use crate::model::Tables;
-use crate::ops::{KnownGradient, apply1, to_vec};
 use crate::perplexity::Windows;
 use crate::spec::Spec;
 use crate::streamed::{TokenText, Watcher, WindowRouting, perplexities};
@@ -106,11 +105,12 @@ fn gradients_go_through_a_device() {
         let [wanted, found] = [Placement::cpu(), Placement::on(device, 0)].map(|placement| {
             let layer = Layer::load_on(&weights, &spec, layer, &placement).unwrap();
             let mut tables = Tables::new(&positions);
-            let x = Var::from_tensor(&tensor(wave(1.0))).unwrap();
-            let past = Past::None(&rows);
-            let passed = layer.forward(&spec, &x, tables.of(layer.rope()), past).unwrap();
-            let root = apply1(&passed.stream, KnownGradient(tensor(wave(2.0)))).unwrap();
-            to_vec(root.backward().unwrap().get(&x).unwrap()).unwrap()
+            let (x, table) = (tensor(wave(1.0)), tables.of(layer.rope()));
+            let changes = Changes { gating: Gating::Stored, lora: None };
+            let pass = layer.forward_trail(&spec, &x, table, &rows, &changes, None);
+            let (wanted, along) = (Wanted { input: true, ..Wanted::default() }, (table, &rows[..]));
+            let found = layer.backward(&spec, pass.unwrap().1, along, &changes, wanted, wave(2.0));
+            found.unwrap().input.unwrap()
         });
         close(name, &found, &wanted);
     }

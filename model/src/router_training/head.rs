@@ -98,7 +98,8 @@ impl Head<'_> {
             Some(d) => {
                 let mut gradient = vec![0.0; stream.len()];
                 let RmsNorm { weight, eps, offset } = self.norm;
-                rms_norm_backward(stream, weight, *eps, *offset, &d, &mut gradient)?;
+                let into = dense::Into::Overwrite;
+                rms_norm_backward(stream, weight, *eps, *offset, &d, &mut gradient, into)?;
                 Some(gradient)
             }
         };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::Score;
 
@@ -11,9 +11,9 @@ use super::head::Head;
 use super::penalty::penalty;
 use super::windows::Piece;
 use crate::error::ModelError;
-use crate::layer::{Gating, Layer, OtherRouter, Passed, Past};
+use crate::layer::{Changes, Gating, Kept, Layer, OtherRouter, Passed, Trail, Wanted};
 use crate::model::{Model, Tables, check_length, embed};
-use crate::ops::{FrozenLinear, KnownGradient, RmsNorm, to_vec};
+use crate::ops::{FrozenLinear, RmsNorm, to_vec};
 use crate::probe::Batch;
 use crate::spec::{MoeMlp, Spec};
 
@@ -59,15 +59,7 @@ pub(super) struct Network {
     head: FrozenLinear,
 }
 
-/// What is kept of a layer for the walk back.
-pub(super) struct Kept {
-    /// The stream that entered it.
-    pub input: Tensor,
-    /// Output of its routed experts: the dearest thing to compute again.
-    pub routed: Option<Tensor>,
-}
-
-/// What a walk back needs beside that.
+/// What a walk back needs beside what the layers left.
 pub(super) struct Back<'a> {
     pub batch: &'a Batch,
     /// Gates, as in the walk forward.
@@ -144,13 +136,13 @@ impl Network {
         Ok(Batch { rows, positions, stream })
     }
 
-    /// The stream after the last layer; `see` gets number, input and result of each layer.
+    /// The stream after the last layer; `see` gets number and result of each layer, and what it leaves for the way back.
     pub fn forward(
         &self,
         batch: &Batch,
         routers: &Routers,
         interrupted: &mut Interrupted<'_>,
-        mut see: impl FnMut(usize, &Tensor, &Passed) -> Result<(), ModelError>,
+        mut see: impl FnMut(usize, &Passed, Trail) -> Result<(), ModelError>,
     ) -> Result<Tensor, Halt> {
         let mut tables = Tables::new(&batch.positions);
         let mut x = batch.stream.clone();
@@ -158,11 +150,27 @@ impl Network {
             if interrupted() {
                 return Err(Halt::Interrupted);
             }
-            let passed = self.layer(l, &x, &mut tables, batch, routers, None)?;
-            see(l, &x, &passed)?;
+            let changes = self.changes(l, routers)?;
+            let (passed, trail) = self.layer(l, &x, &mut tables, batch, &changes, None)?;
+            see(l, &passed, trail)?;
             x = passed.stream;
         }
         Ok(x)
+    }
+
+    /// Who chooses the experts in a layer.
+    fn changes<'a>(&self, l: usize, routers: &'a Routers) -> Result<Changes<'a>, ModelError> {
+        let gating = match (routers, self.layers[l].router()) {
+            (Routers::Gates(gates, top_k), Some((moe, _))) => {
+                let missing = || candle_core::Error::msg(format!("no gates for layer {l}"));
+                let weights = gates.get(&l).ok_or_else(missing)?;
+                let top_k = top_k.unwrap_or(moe.router.top_k);
+                Gating::Weights(OtherRouter { weights, top_k })
+            }
+            (Routers::Forced(ids), Some(_)) => Gating::Forced(ids),
+            (_, None) => Gating::Stored,
+        };
+        Ok(Changes { gating, lora: None })
     }
 
     fn layer(
@@ -171,39 +179,29 @@ impl Network {
         x: &Tensor,
         tables: &mut Tables<'_>,
         batch: &Batch,
-        routers: &Routers,
+        changes: &Changes<'_>,
         known: Option<&Tensor>,
-    ) -> Result<Passed, ModelError> {
+    ) -> Result<(Passed, Trail), ModelError> {
         let layer = &self.layers[l];
-        let gating = match (routers, layer.router()) {
-            (Routers::Gates(gates, top_k), Some((moe, _))) => {
-                let missing = || candle_core::Error::msg(format!("no gates for layer {l}"));
-                let gates = gates.get(&l).ok_or_else(missing)?;
-                let top_k = top_k.unwrap_or(moe.router.top_k);
-                Gating::Weights(OtherRouter { weights: gates, top_k, known })
-            }
-            (Routers::Forced(ids), Some(_)) => Gating::Forced(ids),
-            (_, None) => Gating::Stored,
-        };
         let table = tables.of(layer.rope());
-        layer.forward_gated(&self.spec, x, table, Past::None(&batch.rows), gating)
+        layer.forward_trail(&self.spec, x, table, &batch.rows, changes, known)
     }
 
-    /// Back through the layers, each computed again from its input, to the gates; below the first MoE layer nothing is
-    /// wanted.
+    /// Back through the layers to the gates; below the first MoE layer nothing is wanted. Layers that were not kept whole are
+    /// computed again.
     ///
     /// * `kept`: of each layer, from the first MoE layer on
-    /// * `d_stream`: gradient of the stream after the last layer
+    /// * `d`: gradient of the stream after the last layer
     pub fn backward(
         &self,
         back: &Back<'_>,
         mut kept: Vec<Kept>,
-        mut d_stream: Tensor,
+        mut d: Vec<f32>,
         interrupted: &mut Interrupted<'_>,
     ) -> Result<Gradients, Halt> {
         let Back { batch, routers, counted, penalties } = *back;
         let mut found = Gradients { gates: Gates::new(), load_balance: 0.0, z: 0.0 };
-        let Routers::Gates(gates, top_k) = routers else { return Ok(found) };
+        let Routers::Gates(gates, _) = routers else { return Ok(found) };
         let mut tables = Tables::new(&batch.positions);
         let layers = gates.len() as f64;
         let first = self.layers.len() - kept.len();
@@ -212,38 +210,34 @@ impl Network {
                 return Err(Halt::Interrupted);
             }
             let Some(kept) = kept.pop() else { break };
-            let x =
-                if l > first { Var::from_tensor(&kept.input)?.into_inner() } else { kept.input };
-            let mut own = BTreeMap::new();
-            if let Some(gate) = gates.get(&l) {
-                own.insert(l, Var::from_tensor(gate)?.into_inner());
-            }
-            let gate = own.get(&l).cloned();
-            let own = Routers::Gates(own, *top_k);
-            let passed = self.layer(l, &x, &mut tables, batch, &own, kept.routed.as_ref())?;
-            let mut root = passed.stream.apply_op1(KnownGradient(d_stream))?;
-            if let (Some(logits), Some(routing)) = (&passed.logits, &passed.routing) {
-                let score = self.layers[l].router().map_or(Score::Softmax, |r| r.0.router.score);
+            let changes = self.changes(l, routers)?;
+            let trail = match kept {
+                Kept::Trail(trail) => *trail,
+                Kept::Input(x, known) => {
+                    self.layer(l, &x, &mut tables, batch, &changes, known.as_ref())?.1
+                }
+            };
+            let layer = &self.layers[l];
+            let mut d_logits = None;
+            if let Some((logits, routing)) = trail.choice() {
+                let score = layer.router().map_or(Score::Softmax, |r| r.0.router.score);
                 let weights = (penalties.0 / layers, penalties.1 / layers);
                 let p = penalty(&to_vec(logits)?, routing, counted, score, weights);
                 found.load_balance += p.load_balance / layers;
                 found.z += p.z / layers;
-                if weights != (0.0, 0.0) {
-                    let d = Tensor::from_vec(p.gradient, logits.shape(), &Device::Cpu)?;
-                    root = (root + logits.apply_op1(KnownGradient(d))?)?;
-                }
+                d_logits = (weights != (0.0, 0.0)).then_some(p.gradient);
             }
-            let mut gradients = root.backward()?;
-            if let Some(gate) = &gate {
-                let gradient = gradients.remove(gate);
-                let missing = || candle_core::Error::msg("no gradient reached a router");
-                found.gates.insert(l, to_vec(&gradient.ok_or_else(missing)?)?);
+            let along = (tables.of(layer.rope()), &batch.rows[..]);
+            let router = gates.contains_key(&l);
+            let wanted = Wanted { input: l > first, router, d_logits: d_logits.as_deref() };
+            let gradients = layer.backward(&self.spec, trail, along, &changes, wanted, d)?;
+            if let Some(gate) = gradients.router {
+                found.gates.insert(l, gate);
             }
-            if l == first {
-                break;
+            match gradients.input {
+                Some(next) => d = next,
+                None => break,
             }
-            let missing = || candle_core::Error::msg("no gradient reached a layer's input");
-            d_stream = gradients.remove(&x).ok_or_else(missing)?;
         }
         Ok(found)
     }

@@ -117,7 +117,15 @@ impl Predictions {
         linear_backward(&logits, head, &mut d_states, Into::Overwrite, &Exec::default())?;
         let mut gradient = vec![0.0; stream.len()];
         let RmsNorm { weight, eps, offset } = student.norm;
-        rms_norm_backward(stream, weight, *eps, *offset, &d_states, &mut gradient)?;
+        rms_norm_backward(
+            stream,
+            weight,
+            *eps,
+            *offset,
+            &d_states,
+            &mut gradient,
+            Into::Overwrite,
+        )?;
         Ok((nats.iter().sum(), gradient))
     }
 }

@@ -1,15 +1,15 @@
 //! The student: forward, loss, and back to the experts and routers that are trained.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
 
 use super::part::{Gate, Part, Step, Trained};
 use super::taught::{Taught, gathered};
 use super::{Distillation, Pupil, Visits};
 use crate::error::ModelError;
-use crate::layer::{Layer, Past};
+use crate::layer::{Choice, Layer, Past};
 use crate::model::{Tables, embed};
-use crate::ops::{KnownGradient, tensor_like, to_vec};
+use crate::ops::{tensor_like, to_vec};
 use crate::probe::Batch;
 use crate::spec::Spec;
 use crate::transplant::mlp::{Input, Mlp};
@@ -38,9 +38,8 @@ struct Visited {
     rows: Vec<Vec<(usize, usize)>>,
     /// What each slot enters the stream times.
     shares: Vec<f32>,
-    /// The same from a router, without the residual's own factor, where gradients go back to it.
-    weights: Option<Tensor>,
-    gate: Option<Tensor>,
+    /// The router's rows and what it chose, where there is one.
+    gate: Option<(Tensor, Choice)>,
 }
 
 impl<'a> Network<'a> {
@@ -174,7 +173,7 @@ impl<'a> Network<'a> {
         for (l, layer) in self.layers.iter().enumerate() {
             let past = Past::None(&batch.rows);
             let (after, h) = layer.attended(&self.spec, &x, tables.of(layer.rope()), past)?;
-            let visited = self.visited(l, &h, None)?;
+            let visited = self.visited(l, &h)?;
             let mut stream = to_vec(&layer.without_experts(&self.spec, &after, &h)?)?;
             let (h, hidden) = (to_vec(&h)?, self.spec.hidden);
             for (part, rows) in self.parts[l].iter().zip(&visited.rows) {
@@ -192,32 +191,25 @@ impl<'a> Network<'a> {
     }
 
     /// Who is visited in layer `l`.
-    ///
-    /// * `gate`: the router's rows, where a gradient to them is wanted
-    fn visited(&self, l: usize, h: &Tensor, gate: Option<Tensor>) -> Result<Visited, ModelError> {
+    fn visited(&self, l: usize, h: &Tensor) -> Result<Visited, ModelError> {
         let (layer, tokens) = (&self.layers[l], h.dim(0)?);
         let Some(own) = &self.gates[l] else {
             let expert = self.parts[l].first().map_or(0, |p| p.expert);
             let found = layer.mlp_of(&self.spec, expert);
             let (_, factor) = found.ok_or_else(|| missing(expert))?;
             let rows = vec![(0..tokens).map(|t| (t, t)).collect()];
-            return Ok(Visited { rows, shares: vec![factor; tokens], weights: None, gate: None });
+            return Ok(Visited { rows, shares: vec![factor; tokens], gate: None });
         };
-        let rows = match gate {
-            Some(gate) => gate,
-            None => Tensor::from_slice(&own.rows, self.gate_shape(l), &Device::Cpu)?,
-        };
-        let (routing, weights) = layer.chosen(h, &rows)?;
+        let shape = (self.parts[l].len(), self.spec.hidden);
+        let rows = Tensor::from_slice(&own.rows, shape, &Device::Cpu)?;
+        let choice = layer.chosen(h, &rows)?;
+        let routing = &choice.routing;
         let mut visits = vec![Vec::new(); self.parts[l].len()];
         for (slot, expert) in routing.ids.iter().enumerate() {
             visits[*expert as usize].push((slot / routing.top_k, slot));
         }
         let shares = routing.weights.iter().map(|w| w * self.spec.residual_scale).collect();
-        Ok(Visited { rows: visits, shares, weights: Some(weights), gate: Some(rows) })
-    }
-
-    fn gate_shape(&self, l: usize) -> (usize, usize) {
-        (self.parts[l].len(), self.spec.hidden)
+        Ok(Visited { rows: visits, shares, gate: Some((rows, choice)) })
     }
 
     /// Mean loss over the tokens that have a teacher's prediction, and its gradient with respect to the last stream.
@@ -274,31 +266,20 @@ impl<'a> Network<'a> {
         input: &Tensor,
         batch: &Batch,
         tables: &mut Tables<'_>,
-        d: Vec<f32>,
+        mut d: Vec<f32>,
         wanted: Input,
     ) -> Result<Option<Vec<f32>>, ModelError> {
-        let layer = &self.layers[l];
-        let x = match wanted {
-            Input::Followed => Var::from_tensor(input)?.into_inner(),
-            Input::Frozen => input.clone(),
-        };
+        let (layer, along) = (&self.layers[l], &batch.rows[..]);
         let table = tables.of(layer.rope());
-        let (after, h) = layer.attended(&self.spec, &x, table, Past::None(&batch.rows))?;
-        let gate = match &self.gates[l] {
-            Some(gate) => {
-                let rows = Tensor::from_slice(&gate.rows, self.gate_shape(l), &Device::Cpu)?;
-                Some(Var::from_tensor(&rows)?.into_inner())
-            }
-            None => None,
-        };
-        let visited = self.visited(l, &h, gate)?;
+        let (trail, h) = layer.attended_trail(&self.spec, input, table, Past::None(along))?;
+        let visited = self.visited(l, &h)?;
         let (flat, hidden) = (to_vec(&h)?, self.spec.hidden);
-        let mut d_h = vec![0.0; if wanted == Input::Followed { flat.len() } else { 0 }];
+        let mut d_h = (wanted == Input::Followed).then(|| vec![0.0; flat.len()]);
         let mut d_weights = vec![0.0; visited.shares.len()];
         for (part, rows) in self.parts[l].iter_mut().zip(&visited.rows) {
             let inputs = gather(&flat, rows, hidden);
             let mut d_out = gather(&d, rows, hidden);
-            if visited.weights.is_some() {
+            if visited.gate.is_some() {
                 let out = part.mlp.forward(&inputs)?;
                 let pairs = out.chunks_exact(hidden).zip(d_out.chunks_exact(hidden));
                 for ((_, slot), (out, d)) in rows.iter().zip(pairs) {
@@ -309,46 +290,23 @@ impl<'a> Network<'a> {
             for ((_, slot), d) in rows.iter().zip(d_out.chunks_exact_mut(hidden)) {
                 d.iter_mut().for_each(|d| *d *= visited.shares[*slot]);
             }
-            if let Some(own) = part.mlp.backward(&inputs, &d_out, &mut part.gradient, wanted)? {
+            let own = part.mlp.backward(&inputs, &d_out, &mut part.gradient, wanted)?;
+            if let (Some(own), Some(d_h)) = (own, &mut d_h) {
                 for ((row, _), own) in rows.iter().zip(own.chunks_exact(hidden)) {
                     let into = &mut d_h[row * hidden..(row + 1) * hidden];
                     into.iter_mut().zip(own).for_each(|(d, own)| *d += own);
                 }
             }
         }
-        if let Some(gate) = &mut self.gates[l] {
-            gate.see(&flat);
-        }
-        let mut root: Option<Tensor> = None;
-        let mut add = |tensor: &Tensor, d: Vec<f32>| -> Result<(), ModelError> {
-            let known = KnownGradient(tensor_like(d, tensor)?);
-            let term = tensor.apply_op1(known)?;
-            root = Some(match root.take() {
-                Some(sum) => (sum + term)?,
-                None => term,
-            });
-            Ok(())
-        };
-        if let Some(weights) = &visited.weights {
-            add(weights, d_weights)?;
-        }
-        if wanted == Input::Followed {
-            add(&h, d_h)?;
-            let rest = layer.without_experts(&self.spec, &after, &h)?;
-            add(&rest, d)?;
-        }
-        let Some(root) = root else { return Ok(None) };
-        let mut gradients = root.backward()?;
-        if let (Some(own), Some(rows)) = (&mut self.gates[l], &visited.gate) {
-            let lost = || candle_core::Error::msg("no gradient reached a router");
-            let found = to_vec(&gradients.remove(rows).ok_or_else(lost)?)?;
+        if let (Some(own), Some((rows, choice))) = (&mut self.gates[l], &visited.gate) {
+            own.see(&flat);
+            let found = layer.chosen_back(choice, (&flat, rows), &d_weights, d_h.as_deref_mut())?;
             own.gradient.iter_mut().zip(found).for_each(|(sum, g)| *sum += g);
         }
-        if wanted == Input::Frozen {
-            return Ok(None);
-        }
-        let lost = || candle_core::Error::msg("no gradient reached a layer's input");
-        Ok(Some(to_vec(&gradients.remove(&x).ok_or_else(lost)?)?))
+        let Some(mut d_h) = d_h else { return Ok(None) };
+        layer.without_experts_back(&self.spec, &h, &d, &mut d_h)?;
+        layer.attended_back(&self.spec, &trail, (table, along), &d_h, &mut d)?;
+        Ok(Some(d))
     }
 }
 

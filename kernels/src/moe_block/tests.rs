@@ -1,5 +1,8 @@
 use super::*;
-use crate::{Dtype, RouterSpec, cast, route, route_backward};
+use crate::{
+    Dtype, Isa, RouterSpec, cast, lora_linear, lora_linear_backward, moe_forward, route,
+    route_backward,
+};
 
 pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0).collect()
@@ -53,6 +56,13 @@ struct Layer {
     spec: RouterSpec,
 }
 
+/// What the experts give.
+fn forward(block: &MoeBlock<'_>) -> Result<Vec<f32>, KernelError> {
+    let mut out = vec![f32::NAN; block.x.len()];
+    block.forward(&block.inner()?, &mut out)?;
+    Ok(out)
+}
+
 /// All that gradients are taken of: x, logits, and a and b of gate, up and down.
 type Inputs<T> = [Vec<T>; 8];
 
@@ -100,6 +110,17 @@ impl Layer {
         ExpertLora { expert: self.named, gate: pair(0), up: pair(1), down: pair(2) }
     }
 
+    fn block<'a>(
+        &self,
+        inputs: &'a Inputs<f32>,
+        routing: &'a Routing,
+        experts: &'a [ExpertView<'a>],
+        lora: Option<ExpertLora<'a>>,
+        exec: &'a Exec,
+    ) -> MoeBlock<'a> {
+        MoeBlock { x: &inputs[0], routing, experts, activation: Activation::Silu, lora, exec }
+    }
+
     fn routing(&self, inputs: &Inputs<f32>) -> Routing {
         route(&inputs[1], self.tokens, self.experts.len(), None, &self.spec).unwrap()
     }
@@ -142,14 +163,12 @@ impl Layer {
 
     /// Gradients of everything.
     fn gradients(&self, inputs: &Inputs<f32>, d_out: &[f32], exec: &Exec) -> Inputs<f32> {
-        let (routing, lora) = (self.routing(inputs), self.lora(inputs));
+        let (routing, lora, views) = (self.routing(inputs), self.lora(inputs), self.views());
         let mut d_x = vec![f32::NAN; inputs[0].len()];
-        let (views, silu) = (self.views(), Activation::Silu);
-        let run = |d_x| {
-            moe_backward_lora(&inputs[0], &routing, &views, silu, &lora, d_out, d_x, exec).unwrap()
-        };
-        let found = run(Some(&mut d_x));
-        assert_eq!(found, run(None));
+        let block = self.block(inputs, &routing, &views, Some(lora), exec);
+        let inner = block.inner().unwrap();
+        let found = block.backward(inner.clone(), d_out, Some(&mut d_x)).unwrap();
+        assert_eq!(found, block.backward(inner, d_out, None).unwrap());
         let mut d_logits = vec![0.0; inputs[1].len()];
         let count = self.experts.len();
         route_backward(&inputs[1], count, &routing, &found.weights, &self.spec, &mut d_logits)
@@ -175,11 +194,9 @@ fn every_gradient_equals_differences() {
             layer.formula(&ids, inputs).iter().zip(&d_out).map(|(y, d)| y * f64::from(*d)).sum()
         };
         for exec in sets() {
-            let mut out = vec![f32::NAN; inputs[0].len()];
             let (routing, lora) = (layer.routing(&inputs), layer.lora(&inputs));
-            let (x, views) = (&inputs[0], layer.views());
-            moe_forward_lora(x, &routing, &views, Activation::Silu, &lora, &mut out, &exec)
-                .unwrap();
+            let views = layer.views();
+            let out = forward(&layer.block(&inputs, &routing, &views, Some(lora), &exec)).unwrap();
             for (found, wanted) in out.iter().zip(layer.formula(&ids, &exact)) {
                 assert!((f64::from(*found) - wanted).abs() < 1e-4, "{exec:?} {found} {wanted}");
             }
@@ -215,11 +232,9 @@ fn threads_do_not_change_a_bit() {
         let exec = Exec::default();
         pool.install(|| {
             let mut all = layer.gradients(&inputs, &d_out, &exec).concat();
-            let mut out = vec![0.0; inputs[0].len()];
-            let (x, lora, views) = (&inputs[0], layer.lora(&inputs), layer.views());
-            moe_forward_lora(x, &routing, &views, Activation::Silu, &lora, &mut out, &exec)
-                .unwrap();
-            all.extend(out);
+            let (lora, views) = (layer.lora(&inputs), layer.views());
+            let block = layer.block(&inputs, &routing, &views, Some(lora), &exec);
+            all.extend(forward(&block).unwrap());
             all.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         })
     };
@@ -234,7 +249,7 @@ fn pairs_that_give_nothing_change_nothing() {
     let inputs = layer.inputs();
     let (routing, x, views) = (layer.routing(&inputs), &inputs[0], layer.views());
     let exec = Exec::default();
-    let (mut plain, mut with) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+    let mut plain = vec![0.0; x.len()];
     moe_forward(x, &routing, &views, Activation::Silu, &mut plain, &exec).unwrap();
     let full = layer.lora(&inputs);
     let zeros = vec![0.0; 1000];
@@ -249,7 +264,7 @@ fn pairs_that_give_nothing_change_nothing() {
         ExpertLora { expert: 1, gate: pair(0), up: pair(1), down: pair(2) },
         ExpertLora { expert: 2, gate: None, up: None, down: pair(2) },
     ] {
-        moe_forward_lora(x, &routing, &views, Activation::Silu, &lora, &mut with, &exec).unwrap();
+        let with = forward(&layer.block(&inputs, &routing, &views, Some(lora), &exec)).unwrap();
         for (plain, with) in plain.iter().zip(&with) {
             assert!((plain - with).abs() <= 1e-4 * plain.abs().max(1.0), "{plain} {with}");
         }
@@ -285,8 +300,8 @@ fn linear_with_a_pair_equals_formula_and_differences() {
                 assert!((f64::from(*found) - wanted).abs() < 1e-5);
             }
             let mut dx = vec![f32::NAN; x.len()];
-            let found =
-                lora_linear_backward(&x, w.view(), &pair, &dy, Some(&mut dx), &exec).unwrap();
+            let to = Some((&mut dx[..], Into::Overwrite));
+            let found = lora_linear_backward(&x, w.view(), &pair, &dy, to, &exec).unwrap();
             let alone = lora_linear_backward(&x, w.view(), &pair, &dy, None, &exec).unwrap();
             assert_eq!(found, alone);
             for (which, found) in [dx, found.a, found.b].iter().enumerate() {
@@ -322,7 +337,8 @@ fn threads_do_not_change_a_bit_of_a_linear_layer() {
         pool.install(|| {
             let (mut out, mut dx) = (vec![0.0; tokens * rows], vec![0.0; tokens * cols]);
             lora_linear(&x, w.view(), None, &pair, &mut out, &exec).unwrap();
-            let d = lora_linear_backward(&x, w.view(), &pair, &dy, Some(&mut dx), &exec).unwrap();
+            let to = Some((&mut dx[..], Into::Overwrite));
+            let d = lora_linear_backward(&x, w.view(), &pair, &dy, to, &exec).unwrap();
             let all = [out, dx, d.a, d.b].concat();
             all.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         })
@@ -337,12 +353,20 @@ fn wrong_sizes_are_refused() {
     let layer = Layer::new(2, RouterSpec::softmax(1), (3, 4, 5));
     let inputs = layer.inputs();
     let (routing, views, good) = (layer.routing(&inputs), layer.views(), layer.lora(&inputs));
+    let exec = Exec::default();
     let run = |lora: &ExpertLora<'_>| {
-        let mut out = vec![0.0; inputs[0].len()];
-        let (x, exec) = (&inputs[0], Exec::default());
-        moe_forward_lora(x, &routing, &views, Activation::Silu, lora, &mut out, &exec)
+        forward(&layer.block(&inputs, &routing, &views, Some(*lora), &exec))
     };
     assert!(run(&good).is_ok());
+    let block = layer.block(&inputs, &routing, &views, None, &exec);
+    let inner = block.inner().unwrap();
+    let (x, mut d_x) = (&inputs[0], vec![0.0; inputs[0].len()]);
+    let short = MoeBlock { x: &x[1..], ..block };
+    assert!(short.inner().is_err() && short.forward(&inner, &mut d_x).is_err());
+    assert!(block.forward(&inner, &mut d_x[1..]).is_err());
+    assert!(block.backward(inner.clone(), &x[1..], None).is_err());
+    assert!(block.backward(inner.clone(), x, Some(&mut d_x[1..])).is_err());
+    assert!(block.backward(inner, x, Some(&mut d_x)).is_ok());
     let error = run(&ExpertLora { expert: 2, ..good }).unwrap_err().to_string();
     assert!(error.contains("LoRA") && error.contains('2'), "{error}");
     let pair = good.gate.unwrap();
@@ -356,5 +380,41 @@ fn wrong_sizes_are_refused() {
         let (exec, mut out) = (Exec::default(), vec![0.0; 15]);
         assert!(lora_linear(&inputs[0], w.view(), None, &bad, &mut out, &exec).is_err());
         assert!(lora_linear_backward(&inputs[0], w.view(), &bad, &out, None, &exec).is_err());
+    }
+}
+
+/// Largest difference over the largest number.
+fn apart(found: &[f32], wanted: &[f32]) -> f32 {
+    let size = wanted.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let pairs = found.iter().zip(wanted);
+    pairs.fold(0f32, |m, (f, w)| m.max((f - w).abs())) / size.max(1e-6)
+}
+
+#[test]
+fn fast_experts_have_the_gradients_of_exact_ones() {
+    let exec = Exec { isa: Isa::Avx512Bf16, ..Exec::fast() };
+    if !exec.isa.available() {
+        return;
+    }
+    let layer = Layer::new(2, RouterSpec::softmax(2), (150, 48, 64));
+    let mut inputs = layer.inputs();
+    inputs[0].iter_mut().for_each(|v| *v *= 0.3);
+    inputs[2..].iter_mut().flatten().for_each(|v| *v *= 0.1);
+    let (d_out, routing, views) =
+        (numbers(inputs[0].len(), 6), layer.routing(&inputs), layer.views());
+    let run = |exec: &Exec| {
+        let lora = layer.lora(&inputs);
+        let mut all = layer.gradients(&inputs, &d_out, exec).to_vec();
+        all.push(forward(&layer.block(&inputs, &routing, &views, Some(lora), exec)).unwrap());
+        let plain = layer.block(&inputs, &routing, &views, None, exec);
+        let mut d_x = vec![0.0; inputs[0].len()];
+        let found = plain.backward(plain.inner().unwrap(), &d_out, Some(&mut d_x)).unwrap();
+        assert!(found.gate.is_none() && found.up.is_none() && found.down.is_none());
+        all.extend([d_x, found.weights]);
+        all
+    };
+    for (i, (fast, exact)) in run(&exec).iter().zip(run(&Exec::default())).enumerate() {
+        let apart = apart(fast, &exact);
+        assert!(apart < 2e-2 && apart > 0.0, "{i}: {apart}");
     }
 }
