@@ -8,7 +8,7 @@ use crate::cast;
 use crate::dense::{Dense, Into, matmul};
 use crate::error::KernelError;
 use crate::exec::{Batching, Exec, Isa};
-use crate::product::{Left, padded, product};
+use crate::product::{Left, padded, prefetch, product};
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
 use crate::turned;
@@ -137,7 +137,7 @@ fn put(sums: &[f32], out: &mut [f32], into: Into) {
 
 /// `out = dy w[:, cols]`, summed over blocks of weight rows from the first to the last.
 fn block(dy: &[f32], w: MatView<'_>, cols: Range<usize>, isa: Isa, out: &mut [f32]) {
-    let m = w.rows();
+    let (m, size) = (w.rows(), w.dtype().size());
     let tokens = out.len() / cols.len();
     if m == 0 {
         return out.fill(0.0);
@@ -148,6 +148,11 @@ fn block(dy: &[f32], w: MatView<'_>, cols: Range<usize>, isa: Isa, out: &mut [f3
         let rows = from..m.min(from + ROWS);
         widen(isa, w, rows.clone(), cols.clone(), &mut wide, width);
         let into = if from == 0 { Into::Overwrite } else { Into::Add };
+        // What is widened next is far: in the file's pages, a few lines of each row.
+        for row in rows.end..m.min(rows.end + ROWS) {
+            let bytes = &w.row(row)[cols.start * size..cols.end * size];
+            bytes.chunks(64).for_each(|line| prefetch(line.as_ptr()));
+        }
         let sizes = (tokens, rows.len(), cols.len());
         product(isa, sizes, Left::rows(&dy[from..], m), (&wide, width), (out, cols.len()), into);
     }

@@ -89,7 +89,7 @@ impl<'a> MoeBlock<'a> {
         let outs = [&mut gate[..], &mut up[..]];
         self.products(&groups, (self.x, &token), [|e| e.gate, |e| e.up], outs);
         if let Some((lora, pairs)) = self.adapted(&groups) {
-            let x = gather(self.x, self.hidden(), pairs.clone().map(token));
+            let x = gather(self.x, self.hidden(), pairs.clone(), token);
             for (pair, out) in [(lora.gate, &mut gate), (lora.up, &mut up)] {
                 if let Some(pair) = pair {
                     add_pair(&x, &pair, &mut out[rows_of(&pairs, self.inter())], self.exec.isa);
@@ -107,9 +107,7 @@ impl<'a> MoeBlock<'a> {
         let MoeInner { groups, gate, up } = inner;
         self.check_inner(inner)?;
         KernelError::check("expert output", self.x.len(), out.len())?;
-        let mut h = Scratch::new(gate.len()); // [pairs, inter]
-        h.copy_from_slice(gate);
-        self.activation.gate(&mut h, up);
+        let h = self.gated(gate, up); // [pairs, inter]
         let mut y = Scratch::new(groups.order.len() * self.hidden()); // [pairs, hidden]
         self.products(groups, (&h, &|pair| pair), [|e| e.down], [&mut y]);
         if let Some((ExpertLora { down: Some(pair), .. }, pairs)) = self.adapted(groups) {
@@ -144,7 +142,7 @@ impl<'a> MoeBlock<'a> {
         let (hidden, inter, k, exec) = (self.hidden(), self.inter(), self.routing.top_k, self.exec);
         let pairs = groups.order.len();
         let token = |pair: usize| groups.order[pair] as usize / k.max(1);
-        let dy = gather(d_out, hidden, (0..pairs).map(token)); // [pairs, hidden]
+        let dy = gather(d_out, hidden, 0..pairs, token); // [pairs, hidden]
         let mut a = Scratch::new(pairs * inter);
         shares_backward(&self.shares(&groups, |e| e.down), &dy, &mut a, Into::Overwrite, exec)?;
         let adapted = self.adapted(&groups);
@@ -185,7 +183,7 @@ impl<'a> MoeBlock<'a> {
         let weights = groups.inverse.iter().map(|at| slopes[*at as usize]).collect();
         let [mut of_gate, mut of_up] = [None, None];
         if let Some((_, pairs)) = adapted {
-            let x = gather(self.x, hidden, pairs.map(token));
+            let x = gather(self.x, hidden, pairs, token);
             [of_gate, of_up] = backs.map(|back| back.map(|back| back.gradients(&x)));
         }
         let found = |found: Option<LoraGradients>,
@@ -198,6 +196,21 @@ impl<'a> MoeBlock<'a> {
             up: found(of_up, |l| l.up),
             down: found(of_down, |l| l.down),
         })
+    }
+
+    /// `f(g) u`.
+    fn gated(&self, g: &[f32], u: &[f32]) -> Scratch {
+        let mut h = Scratch::new(g.len());
+        let part = (PAIRS * self.inter()).max(1);
+        let parts = Parts::new(&mut h);
+        for_each(g.len().div_ceil(part), g.len() >= ALONE_BELOW, |task| {
+            let (from, to) = (task * part, g.len().min((task + 1) * part));
+            // SAFETY: the numbers of this task.
+            let h = unsafe { parts.range(from, to - from) };
+            h.copy_from_slice(&g[from..to]);
+            self.activation.gate(h, &u[from..to]);
+        });
+        h
     }
 
     /// Through the activation: `g`, `u` become their gradients, `a` is multiplied by the weights; returns `a . f(g) u` of every
@@ -381,12 +394,24 @@ fn rows_of(pairs: &Range<usize>, width: usize) -> Range<usize> {
     pairs.start * width..pairs.end * width
 }
 
-/// Rows of `all [_, width]` that `tokens` names.
-fn gather(all: &[f32], width: usize, tokens: impl ExactSizeIterator<Item = usize>) -> Scratch {
-    let mut rows = Scratch::new(tokens.len() * width);
-    for (row, token) in rows.chunks_exact_mut(width.max(1)).zip(tokens) {
-        row.copy_from_slice(&all[token * width..(token + 1) * width]);
-    }
+/// Rows of `all [_, width]` that `token` names, one for each of `pairs`.
+fn gather(
+    all: &[f32],
+    width: usize,
+    pairs: Range<usize>,
+    token: impl Fn(usize) -> usize + Sync,
+) -> Scratch {
+    let mut rows = Scratch::new(pairs.len() * width);
+    let shared = rows.len() >= ALONE_BELOW;
+    let parts = Parts::new(&mut rows);
+    for_each(pairs.len().div_ceil(PAIRS), shared, |task| {
+        for row in task * PAIRS..pairs.len().min((task + 1) * PAIRS) {
+            let from = token(pairs.start + row) * width;
+            // SAFETY: the rows of this task.
+            let to = unsafe { parts.range(row * width, width) };
+            to.copy_from_slice(&all[from..from + width]);
+        }
+    });
     rows
 }
 

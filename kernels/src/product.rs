@@ -186,7 +186,11 @@ impl Columns {
         unsafe {
             let mut sums = [[S::zero(); V]; R];
             let (mut a, mut b) = (self.a.add(i * self.a_row), self.b);
-            for _ in 0..self.k {
+            for p in 0..self.k {
+                // Rows of the next tile, a cache line of each at a time: they may be far.
+                if p % 16 == 0 && self.a_col == 1 {
+                    (R..2 * R).for_each(|r| prefetch(a.wrapping_add(r * self.a_row)));
+                }
                 let mut right = [S::zero(); V];
                 for (v, right) in right.iter_mut().enumerate() {
                     *right = S::load(b.add(v * S::N));
@@ -208,6 +212,18 @@ impl Columns {
             }
         }
     }
+}
+
+/// Tells the processor that the line at `at` will be read; any address will do.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every 64-bit x86 processor has it, and it neither reads nor faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 #[cfg(test)]

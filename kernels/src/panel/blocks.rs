@@ -9,6 +9,7 @@ use super::{Form, Output, Panel, Panels};
 use crate::activation::Activation;
 use crate::cast::{self, Dtype};
 use crate::exec::Isa;
+use crate::product::padded;
 use crate::scratch::Scratch;
 #[cfg(target_arch = "aarch64")]
 use crate::vector::Neon;
@@ -304,6 +305,8 @@ unsafe fn gate_value<S: Vector>(activation: Activation, x: S::V) -> S::V {
 struct RowBuffer {
     copied: Scratch,
     cols: usize,
+    /// f32 words from copied row to row: so many that equal columns of many rows do not crowd into few sets of a cache.
+    words: usize,
     direct: bool,
 }
 
@@ -313,7 +316,8 @@ impl RowBuffer {
             Form::Wide => w.dtype() == Dtype::F32,
             Form::Pairs => true,
         };
-        Self { copied: Scratch::new(rows * w.cols()), cols: w.cols(), direct }
+        let words = padded(w.cols());
+        Self { copied: Scratch::new(rows * words), cols: w.cols(), words, direct }
     }
 
     /// Two runs of `count` rows, and the bytes from row to row; rows from `end` on are zero.
@@ -328,14 +332,15 @@ impl RowBuffer {
             Form::Wide => 4,
             Form::Pairs => 2,
         };
-        let stride = self.cols * size;
         if self.direct && runs.iter().all(|(_, at)| at + count <= end) {
+            let stride = self.cols * size;
             let [a, b] = runs.map(|(w, at)| w.bytes()[at * stride..].as_ptr());
             return (a, b, stride);
         }
+        let stride = self.words * 4;
         for (run, (w, at)) in runs.into_iter().enumerate() {
             for r in 0..count {
-                let from = (run * count + r) * self.cols;
+                let from = (run * count + r) * self.words;
                 match E::FORM {
                     Form::Wide => {
                         let to = &mut self.copied[from..from + self.cols];
@@ -347,7 +352,7 @@ impl RowBuffer {
                     }
                     Form::Pairs => {
                         let all: &mut [u8] = bytemuck::cast_slice_mut(&mut self.copied);
-                        let to = &mut all[from * 2..(from + self.cols) * 2];
+                        let to = &mut all[from * 4..from * 4 + self.cols * 2];
                         if at + r < end {
                             to.copy_from_slice(w.row(at + r));
                         } else {
