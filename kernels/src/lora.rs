@@ -4,12 +4,10 @@ use crate::dense::Into;
 use crate::dispatch::ExpertView;
 use crate::error::KernelError;
 use crate::exec::{Exec, Isa};
-use crate::linear::linear;
 use crate::product::{Left, product};
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
 use crate::transpose::transpose;
-use crate::view::MatView;
 
 mod dropout;
 
@@ -95,23 +93,24 @@ impl<'a> ExpertLora<'a> {
     }
 }
 
-/// Linear layer with a pair beside it: `out[t] = w x[t] + bias + scale b (a x[t])`.
+/// What a pair adds to a linear layer: `out[t] += scale b (a x[t])`.
 ///
-/// * `x`: `[tokens, in]`; `out`: `[tokens, out]`; the pair in f32, whatever the accuracy of `exec`
+/// * `[output, input]`: of the weight; `x`: `[tokens, input]`; `out`: `[tokens, output]`; all in f32
 /// * the same bits for any number of threads
 ///
 /// # Errors
 /// [`KernelError::Length`] if slices or pair do not fit the weight.
-pub fn lora_linear(
+pub fn lora_add(
     x: &[f32],
-    w: MatView<'_>,
-    bias: Option<&[f32]>,
+    [output, input]: [usize; 2],
     pair: &LoraPair<'_>,
     out: &mut [f32],
     exec: &Exec,
 ) -> Result<(), KernelError> {
-    pair.check(w.rows(), w.cols())?;
-    linear(x, w, bias, out, exec)?;
+    pair.check(output, input)?;
+    let tokens = x.len().checked_div(input).unwrap_or(0);
+    KernelError::check("linear input", tokens * input, x.len())?;
+    KernelError::check("linear output", tokens * output, out.len())?;
     add_pair(x, pair, out, exec.isa);
     Ok(())
 }

@@ -3,13 +3,11 @@
 use crate::dense::Into;
 use crate::error::KernelError;
 use crate::exec::{Exec, Isa};
-use crate::linear_backward::linear_backward;
 use crate::lora::{ALONE_BELOW, LoraPair, ROWS, low};
 use crate::product::{Left, product};
 use crate::scratch::Scratch;
 use crate::tasks::{Parts, for_each};
 use crate::transpose::transpose;
-use crate::view::MatView;
 
 /// Gradients of a [`LoraPair`].
 #[derive(Debug, Clone, PartialEq)]
@@ -25,31 +23,31 @@ pub(crate) fn no_gradients(pair: LoraPair<'_>) -> LoraGradients {
     LoraGradients { a: vec![0.0; pair.a.len()], b: vec![0.0; pair.b.len()] }
 }
 
-/// Gradients of [`crate::lora_linear`] with respect to its pair and, where wanted, its input.
+/// Gradients of what a pair adds ([`crate::lora_add`]) with respect to the pair and, where wanted, its input.
 ///
-/// `d_b = sum_t dy[t] (scale a x[t])ᵀ`, `d_a = sum_t (scale bᵀ dy[t]) x[t]ᵀ`, `dx[t] = wᵀ dy[t] + aᵀ (scale bᵀ dy[t])`,
-/// tokens from the first to the last; what dropout leaves out of `x` here has neither part in `d_a` nor a gradient by `a`.
+/// `d_b = sum_t dy[t] (scale a x[t])ᵀ`, `d_a = sum_t (scale bᵀ dy[t]) x[t]ᵀ`, `dx[t] += aᵀ (scale bᵀ dy[t])`, tokens from the
+/// first to the last; what dropout leaves out of `x` here has neither part in `d_a` nor a gradient by `a`.
 ///
-/// * `x`, `dx` (overwritten or added to): `[tokens, in]`; `dy`: `[tokens, out]`; f32 sums; the same bits for any number of threads
+/// * `[output, input]`: of the weight; `x`, `dx` (added to): `[tokens, input]`; `dy`: `[tokens, output]`; f32 sums
+/// * the same bits for any number of threads
 ///
 /// # Errors
 /// [`KernelError::Length`] if slices or pair do not fit the weight.
-pub fn lora_linear_backward(
+pub fn lora_backward(
     x: &[f32],
-    w: MatView<'_>,
+    [output, input]: [usize; 2],
     pair: &LoraPair<'_>,
     dy: &[f32],
-    dx: Option<(&mut [f32], Into)>,
+    dx: Option<&mut [f32]>,
     exec: &Exec,
 ) -> Result<LoraGradients, KernelError> {
-    let (rows, cols) = (w.rows(), w.cols());
-    pair.check(rows, cols)?;
-    let tokens = x.len().checked_div(cols).unwrap_or(0);
-    KernelError::check("linear input", tokens * cols, x.len())?;
-    KernelError::check("gradient of a linear output", tokens * rows, dy.len())?;
+    pair.check(output, input)?;
+    let tokens = x.len().checked_div(input).unwrap_or(0);
+    KernelError::check("linear input", tokens * input, x.len())?;
+    KernelError::check("gradient of a linear output", tokens * output, dy.len())?;
     let back = PairBack::new(dy, *pair, exec.isa);
-    if let Some((dx, into)) = dx {
-        linear_backward(dy, w, dx, into, exec)?;
+    if let Some(dx) = dx {
+        KernelError::check("gradient of a linear input", x.len(), dx.len())?;
         back.add_input(dx);
     }
     Ok(back.gradients(x))

@@ -1,5 +1,6 @@
 //! One layer: weights and the way through it.
 
+mod apart;
 mod back;
 mod load;
 mod sites;
@@ -409,7 +410,7 @@ impl Layer {
                 (q, k.apply_op1_no_bwd(&rope(a.kv_heads))?, v)
             }
             Projections::Latent { .. } => {
-                let (q, k, v, found) = self.latent(spec, x, table)?;
+                let ([q, k, v], found) = self.latent(spec, x, table)?;
                 latents = found;
                 (q, k, v)
             }
@@ -462,7 +463,7 @@ impl Layer {
         spec: &Spec,
         x: &Tensor,
         table: &RopeTable,
-    ) -> Result<(Tensor, Tensor, Tensor, [Option<Tensor>; 2]), ModelError> {
+    ) -> Result<([Tensor; 3], [Option<Tensor>; 2]), ModelError> {
         let (
             Projections::Latent { q, kv_a, kv_norm, kv_b, .. },
             &AttentionKind::Latent { kv_rank, nope_dim, rope_dim, v_dim, .. },
@@ -492,7 +493,7 @@ impl Layer {
         let k = Tensor::cat(&[&kv.narrow(2, 0, nope_dim)?, &turned], 2)?;
         let v = kv.narrow(2, nope_dim, v_dim)?.contiguous()?;
         let (k, v) = (k.reshape((tokens, heads * head_dim))?, v.reshape((tokens, heads * v_dim))?);
-        Ok((q, k, v, [q_latent, Some(latent)]))
+        Ok(([q, k, v], [q_latent, Some(latent)]))
     }
 
     fn feed(

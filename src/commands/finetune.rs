@@ -14,7 +14,12 @@ use crate::render::{self, Failure, bytes, count};
 
 /// Trains, and writes an adapter or a generation.
 pub fn run(args: &FinetuneArgs, common: &Common) -> Result<Outcome, Failure> {
-    let tuning = Finetune::prepare(&args.path, options(args))?;
+    let options = FinetuneOptions {
+        placement: super::device::find(common)?,
+        fall_back: common.device == args::Device::Auto,
+        ..options(args)
+    };
+    let tuning = Finetune::prepare(&args.path, options)?;
     let output = match &args.out {
         Some(dir) => Output::Adapter {
             dir: dir.clone(),

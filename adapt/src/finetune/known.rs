@@ -18,6 +18,7 @@ impl Finetune {
     pub(super) fn kept(
         &self,
         encoder: &Encoder<'_>,
+        notes: &mut Vec<String>,
     ) -> Result<(Option<Trainee>, Vec<Vec<Lesson>>), FinetuneError> {
         if self.options.keep == 0.0 {
             return Ok((None, Vec::new()));
@@ -36,7 +37,7 @@ impl Finetune {
             });
         }
         let batches = domains::mixed(&known, (o.training.batch_tokens / 2).max(2));
-        let model = Trainee::open_with(&self.source, self.number(), Route::Natural, o.exec)?;
+        let model = self.open(&self.source, self.number(), Route::Natural, notes)?;
         Ok((Some(model), batches))
     }
 

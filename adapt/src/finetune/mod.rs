@@ -24,11 +24,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use moe_merge_checkpoint::manifest::Manifest;
-use moe_merge_checkpoint::{CheckpointError, Source, SourceRef};
+use moe_merge_checkpoint::{CheckpointError, Explain, Kind, Source, SourceRef};
 use moe_merge_kernels::Accuracy;
 use moe_merge_merge::documents::{Encoder, expert_names};
-use moe_merge_model::Spec;
 use moe_merge_model::expert_training::{FactorKind, FactorPlan, Goal, Lesson, Route, Trainee};
+use moe_merge_model::{ModelError, Spec};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -189,9 +189,9 @@ impl Finetune {
         let interrupt = &self.options.interrupt;
         let corpus = Corpus::open(&self.options.data, &encoder, self.window, interrupt)?;
         let (documents, held_out) = self.split(&corpus, &encoder)?;
-        let (route, exec) = (self.options.route, self.options.exec);
-        let trainee = Trainee::open_with(&self.source, self.number(), route, exec)?;
-        let teacher = self.teacher()?;
+        let mut notes = Vec::new();
+        let trainee = self.open(&self.source, self.number(), self.options.route, &mut notes)?;
+        let teacher = self.teacher(&mut notes)?;
         let begun = self.begun(&corpus)?;
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
             train::fresh(file)?;
@@ -203,7 +203,7 @@ impl Finetune {
         if state.factors.pairs.is_empty() {
             return Err(self.nothing_to_train());
         }
-        let (model, batches) = self.kept(&encoder)?;
+        let (model, batches) = self.kept(&encoder, &mut notes)?;
         let penalty = self.penalty(&encoder, &trainee, &state.factors)?;
         let keep = self.options.keep;
         let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
@@ -230,6 +230,7 @@ impl Finetune {
         let expert = self.expert();
         let suffered = expert.and_then(|name| domains::suffered(&domains, name, self.options.keep));
         report.domains = domains;
+        report.warnings.extend(notes);
         report.warnings.extend(suffered);
         report.warnings.extend(note.into_iter().chain(log.note()));
         if let Some(plot) = &self.options.plot {
@@ -258,10 +259,30 @@ impl Finetune {
     }
 
     /// The model whose predictions are learnt, if one is named.
-    fn teacher(&self) -> Result<Option<Trainee>, FinetuneError> {
+    fn teacher(&self, notes: &mut Vec<String>) -> Result<Option<Trainee>, FinetuneError> {
+        let Some(path) = &self.options.teacher else { return Ok(None) };
+        let source = teacher::source(path, (&self.source, &self.spec), self.window)?;
+        // Of a MoE one expert is named, and gets nothing: routers say who is visited.
+        let expert = Spec::of(&source)?.moe_layers().next().map(|_| 0);
+        Ok(Some(self.open(&source, expert, Route::Natural, notes)?))
+    }
+
+    /// Opens a model where models are to run; where that is only a wish and there is no room, on the processor.
+    fn open(
+        &self,
+        source: &Source,
+        expert: Option<usize>,
+        route: Route,
+        notes: &mut Vec<String>,
+    ) -> Result<Trainee, ModelError> {
         let o = &self.options;
-        let open = |path| teacher::open(path, (&self.source, &self.spec), self.window, o.exec);
-        o.teacher.as_deref().map(open).transpose()
+        match Trainee::open_on(source, expert, route, o.exec, &o.placement) {
+            Err(e @ ModelError::Device(_)) if o.fall_back && e.kind() == Kind::NoRoom => {
+                notes.push(format!("{}: {e}: it ran on the processor", source.label));
+                Trainee::open_with(source, expert, route, o.exec)
+            }
+            opened => opened,
+        }
     }
 
     /// Documents to train on, and batches of text that is not.

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use moe_merge_checkpoint::Interrupt;
 use moe_merge_kernels::Exec;
-use moe_merge_model::Spec;
 use moe_merge_model::expert_training::{Part, Route};
 use moe_merge_model::spec::MoeMlp;
+use moe_merge_model::{Placement, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::adapter::Packing;
@@ -87,6 +87,10 @@ pub struct FinetuneOptions {
     pub parts: Vec<Part>,
     /// In which layers; in all of them without it.
     pub layers: Option<Range<usize>>,
+    /// Where the products of frozen weights run.
+    pub placement: Placement,
+    /// Whether a model that has no room there runs on the processor.
+    pub fall_back: bool,
     /// Which tokens visit the expert in training.
     pub route: Route,
     /// The model whose predictions are learnt on the data; without one, the tokens of the data themselves.
@@ -131,6 +135,8 @@ impl Default for FinetuneOptions {
             update: Update::LowRank { rank: 8, alpha: 16.0, rslora: false },
             parts: Part::ALL.into(),
             layers: None,
+            placement: Placement::cpu(),
+            fall_back: false,
             route: Route::Natural,
             teacher: None,
             window: None,

@@ -3,25 +3,22 @@
 use std::path::Path;
 
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::Exec;
-use moe_merge_model::expert_training::{Route, Trainee};
 use moe_merge_model::{Spec, Tokenizer};
 
 use super::error::FinetuneError;
 
-/// Opens the teacher at `path`: a model of any family and width, a MoE as its routers say, with the student's vocabulary.
+/// The teacher at `path`: a model of any family and width, a MoE as its routers say, with the student's vocabulary.
 ///
 /// * `window`: tokens of a sequence at most
 ///
 /// # Errors
 /// [`FinetuneError::Option`] for another vocabulary or a context that is shorter than `window`; a model that cannot be
 /// opened.
-pub(super) fn open(
+pub(super) fn source(
     path: &str,
     (student, spec): (&Source, &Spec),
     window: usize,
-    exec: Exec,
-) -> Result<Trainee, FinetuneError> {
+) -> Result<Source, FinetuneError> {
     let source = Source::open(&path.parse()?, Path::new("."))?;
     let taught = Spec::of(&source)?;
     let refused = |expected: String, found: String| FinetuneError::Option {
@@ -46,7 +43,5 @@ pub(super) fn open(
     {
         return Err(refused("the same text for every token id".into(), difference.to_string()));
     }
-    // Of a MoE one expert is named, and gets nothing: routers say who is visited.
-    let expert = taught.moe_layers().next().map(|_| 0);
-    Ok(Trainee::open_with(&source, expert, Route::Natural, exec)?)
+    Ok(source)
 }

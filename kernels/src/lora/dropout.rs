@@ -60,13 +60,9 @@ fn mixed(key: u64, at: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dense::Into;
-    use crate::moe_block::tests::{bytes, numbers};
+    use crate::moe_block::tests::{bytes, lora_linear, lora_linear_backward, numbers};
     use crate::view::MatView;
-    use crate::{
-        Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, MoeBlock, Routing, lora_linear,
-        lora_linear_backward,
-    };
+    use crate::{Activation, Dtype, Exec, ExpertLora, ExpertView, LoraPair, MoeBlock, Routing};
 
     fn dot(a: &[f32], b: &[f32]) -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
@@ -206,8 +202,7 @@ mod tests {
         let [x, a, b] = &start;
         let pair = LoraPair { a, b, rank: 2, scale: 0.5, dropout };
         let mut dx = vec![0.0; tokens * cols];
-        let found =
-            lora_linear_backward(x, view, &pair, &dy, Some((&mut dx, Into::Overwrite)), &exec);
+        let found = lora_linear_backward(x, view, &pair, &dy, Some(&mut dx), &exec);
         let found = found.unwrap();
         for (which, found) in [dx, found.a, found.b].iter().enumerate() {
             for (i, found) in found.iter().enumerate() {

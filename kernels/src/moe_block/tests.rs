@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
-    Dtype, Isa, RouterSpec, cast, lora_linear, lora_linear_backward, moe_forward, route,
-    route_backward,
+    Dtype, Isa, RouterSpec, cast, linear, linear_backward, lora_add, lora_backward, moe_forward,
+    route, route_backward,
 };
 
 pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -13,6 +13,34 @@ pub(crate) fn bytes(n: usize, seed: usize) -> Vec<u8> {
     let mut bytes = vec![0; 2 * n];
     cast::narrow(&numbers(n, seed), Dtype::BF16, &mut bytes);
     bytes
+}
+
+/// A linear layer with a pair beside it.
+pub(crate) fn lora_linear(
+    x: &[f32],
+    w: MatView<'_>,
+    bias: Option<&[f32]>,
+    pair: &LoraPair<'_>,
+    out: &mut [f32],
+    exec: &Exec,
+) -> Result<(), KernelError> {
+    linear(x, w, bias, out, exec)?;
+    lora_add(x, [w.rows(), w.cols()], pair, out, exec)
+}
+
+/// Its gradients.
+pub(crate) fn lora_linear_backward(
+    x: &[f32],
+    w: MatView<'_>,
+    pair: &LoraPair<'_>,
+    dy: &[f32],
+    mut dx: Option<&mut [f32]>,
+    exec: &Exec,
+) -> Result<LoraGradients, KernelError> {
+    if let Some(dx) = &mut dx {
+        linear_backward(dy, w, dx, Into::Overwrite, exec)?;
+    }
+    lora_backward(x, [w.rows(), w.cols()], pair, dy, dx, exec)
 }
 
 fn wide(x: &[f32]) -> Vec<f64> {
@@ -300,7 +328,7 @@ fn linear_with_a_pair_equals_formula_and_differences() {
                 assert!((f64::from(*found) - wanted).abs() < 1e-5);
             }
             let mut dx = vec![f32::NAN; x.len()];
-            let to = Some((&mut dx[..], Into::Overwrite));
+            let to = Some(&mut dx[..]);
             let found = lora_linear_backward(&x, w.view(), &pair, &dy, to, &exec).unwrap();
             let alone = lora_linear_backward(&x, w.view(), &pair, &dy, None, &exec).unwrap();
             assert_eq!(found, alone);
@@ -337,7 +365,7 @@ fn threads_do_not_change_a_bit_of_a_linear_layer() {
         pool.install(|| {
             let (mut out, mut dx) = (vec![0.0; tokens * rows], vec![0.0; tokens * cols]);
             lora_linear(&x, w.view(), None, &pair, &mut out, &exec).unwrap();
-            let to = Some((&mut dx[..], Into::Overwrite));
+            let to = Some(&mut dx[..]);
             let d = lora_linear_backward(&x, w.view(), &pair, &dy, to, &exec).unwrap();
             let all = [out, dx, d.a, d.b].concat();
             all.iter().map(|v| v.to_bits()).collect::<Vec<_>>()

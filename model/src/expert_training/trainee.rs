@@ -14,6 +14,7 @@ use crate::error::ModelError;
 use crate::layer::{Changes, Gating, Keeper, Kept, Layer, OtherRouter, Passed, Trail, Wanted};
 use crate::model::{Model, Tables, check_length, embed, in_pool};
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
+use crate::placement::Placement;
 use crate::probe::Batch;
 use crate::router_training::head::{Head, Losses, Target};
 use crate::spec::{Mlp, Spec};
@@ -71,12 +72,28 @@ impl Trainee {
         route: Route,
         exec: Exec,
     ) -> Result<Self, ModelError> {
+        Self::open_on(source, expert, route, exec, &Placement::cpu())
+    }
+
+    /// As [`Trainee::open_with`], with the products of frozen weights where `placement` says; the expert that gets factors stays on
+    /// the processor.
+    ///
+    /// # Errors
+    /// As [`Trainee::open`]; [`ModelError::Device`] if the device has no room, or fails.
+    pub fn open_on(
+        source: &Source,
+        expert: Option<usize>,
+        route: Route,
+        exec: Exec,
+        placement: &Placement,
+    ) -> Result<Self, ModelError> {
         let spec = Spec::of(source)?;
         let fewest = spec.moe_layers().map(|(_, moe)| moe.experts).min();
         if expert.map_or(fewest.is_some(), |e| e >= fewest.unwrap_or(0)) {
             return Err(ModelError::Expert { expert, experts: fewest.unwrap_or(0) });
         }
-        let Model { spec, embedding, layers, norm, head } = Model::open_with(source, exec)?;
+        let Model { spec, embedding, layers, norm, head } =
+            Model::open_on(source, exec, placement)?;
         Ok(Self { spec, embedding, layers, norm, head, expert, route, keeper: Keeper::default() })
     }
 

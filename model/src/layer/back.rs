@@ -6,11 +6,13 @@ use candle_core::Tensor;
 use moe_merge_kernels::dense::Into;
 use moe_merge_kernels::{
     Activation, Exec, ExpertLora, ExpertView, LoraGradients, LoraPair, MoeBlock, MoeGradients,
-    RopeTable, lora_linear_backward, route_backward,
+    RopeTable, lora_backward, route_backward,
 };
 
+use super::apart::Apart;
 use super::trail::{
-    AttendedTrail, AttentionTrail, Changes, FeedTrail, MlpTrail, MoeTrail, SharedTrail, Trail,
+    AttendedTrail, AttentionTrail, Changes, FeedTrail, Inside, MlpTrail, MoeTrail, SharedTrail,
+    Trail,
 };
 use super::{Feed, Gating, Layer, Moe, Projections, Queries};
 use crate::error::ModelError;
@@ -236,9 +238,10 @@ impl Moe {
         d: &[f32],
         mut d_x: Option<&mut [f32]>,
     ) -> Result<LayerGradients, ModelError> {
-        let MoeTrail { routing, logits, inner, shared } = trail;
-        let (weights, factors) = match (inner, &self.placed) {
-            (Some(inner), _) => {
+        let lost = || candle_core::Error::msg("experts left nothing");
+        let MoeTrail { routing, logits, inside, shared } = trail;
+        let (weights, factors) = match (inside, &self.placed) {
+            (Inside::Kept(inner), _) => {
                 let (experts, exec, lora) = (self.views()?, self.exec(), changes.lora);
                 let (routing, experts, exec) = (&*routing, &experts[..], &exec);
                 let block = MoeBlock { x, routing, experts, activation, lora, exec };
@@ -246,13 +249,18 @@ impl Moe {
                     block.backward(inner, d, d_x.as_deref_mut())?;
                 (weights, [gate, up, down])
             }
-            (None, Some(placed)) => {
+            (Inside::OnDevice(Some(own)), Some(placed)) => {
+                let Some(lora) = changes.lora else { return Err(lost().into()) };
+                let apart = Apart { moe: self, placed, routing: &routing, activation, lora };
+                let MoeGradients { weights, gate, up, down } =
+                    apart.backward(own, x, d, d_x.as_deref_mut())?;
+                (weights, [gate, up, down])
+            }
+            (Inside::OnDevice(None), Some(placed)) => {
                 let weights = placed.backward(x, &routing, activation, d, d_x.as_deref_mut())?;
                 (weights, [None, None, None])
             }
-            (None, None) => {
-                return Err(candle_core::Error::msg("experts left nothing").into());
-            }
+            (Inside::OnDevice(_), None) => return Err(lost().into()),
         };
         let mut found = LayerGradients { factors, ..LayerGradients::default() };
         if let (Some(logits), true) = (&logits, wanted.router || d_x.is_some()) {
@@ -341,13 +349,12 @@ fn linear_back(
     pair: Option<LoraPair<'_>>,
     x: &[f32],
     dy: &[f32],
-    dx: Option<(&mut [f32], Into)>,
+    mut dx: Option<(&mut [f32], Into)>,
 ) -> Result<Option<LoraGradients>, ModelError> {
-    match (pair, dx) {
-        (Some(pair), dx) => {
-            Ok(Some(lora_linear_backward(x, layer.view()?, &pair, dy, dx, &layer.exec)?))
-        }
-        (None, Some((dx, into))) => Ok(layer.back(dy, dx, into).map(|()| None)?),
-        (None, None) => Ok(None),
+    if let Some((dx, into)) = &mut dx {
+        layer.back(dy, dx, *into)?;
     }
+    let Some(pair) = pair else { return Ok(None) };
+    let (w, dx) = (layer.view()?, dx.map(|(dx, _)| dx));
+    Ok(Some(lora_backward(x, [w.rows(), w.cols()], &pair, dy, dx, &layer.exec)?))
 }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use moe_merge_kernels::{
-    Activation, ExpertLora, LoraPair, MoeBlock, MoeInner, RopeTable, Routing, lora_linear,
+    Activation, ExpertLora, LoraPair, MoeBlock, MoeInner, RopeTable, Routing, lora_add,
 };
 
+use super::apart::{Apart, Own};
 use super::{Fed, Feed, Gating, Layer, Moe, Passed, Past, add};
 use crate::error::ModelError;
-use crate::ops::{Expert, Experts, FrozenLinear, Gate, Open, Residual, numbers};
+use crate::ops::{Expert, Experts, FrozenLinear, Gate, Open, Residual, numbers, to_vec};
 use crate::spec::Spec;
 
 /// How a layer in a training pass differs from the stored one.
@@ -70,9 +71,15 @@ pub(super) struct MoeTrail {
     pub routing: Arc<Routing>,
     /// None where nobody chose.
     pub logits: Option<Tensor>,
-    /// None where the experts are on a device, which computes them again.
-    pub inner: Option<MoeInner>,
+    pub inside: Inside,
     pub shared: Option<SharedTrail>,
+}
+
+/// What lies inside the routed experts.
+pub(super) enum Inside {
+    Kept(MoeInner),
+    /// The experts are on a device, which computes them again; but for the one that has factors.
+    OnDevice(Option<Own>),
 }
 
 pub(super) struct SharedTrail {
@@ -101,7 +108,12 @@ impl Trail {
         match &self.feed {
             FeedTrail::Dense(mlp) => tensors.extend([&mlp.gate, &mlp.up]),
             FeedTrail::Moe(moe) => {
-                inner = moe.inner.as_ref().map_or(0, MoeInner::bytes);
+                inner = match &moe.inside {
+                    Inside::Kept(inner) | Inside::OnDevice(Some(Own { inner, .. })) => {
+                        inner.bytes()
+                    }
+                    Inside::OnDevice(None) => 0,
+                };
                 if let Some(shared) = &moe.shared {
                     tensors.extend([&shared.mlp.gate, &shared.mlp.up]);
                     tensors.extend(shared.gated.iter().flatten());
@@ -207,14 +219,14 @@ impl Layer {
             Feed::Moe(moe) => moe,
         };
         let (routing, logits) = self.choice(moe, x, changes.gating)?;
-        let (inner, routed) = moe.routed(activation, x, &routing, changes, known)?;
+        let (inside, routed) = moe.routed(activation, x, &routing, changes, known)?;
         let (out, shared) = match moe.shared_trail(activation, x)? {
             Some((y, shared)) => {
                 (routed.apply_op2_no_bwd(&y, &Residual { scale: 1.0 })?, Some(shared))
             }
             None => (routed.clone(), None),
         };
-        let trail = MoeTrail { routing: routing.clone(), logits: logits.clone(), inner, shared };
+        let trail = MoeTrail { routing: routing.clone(), logits: logits.clone(), inside, shared };
         let routing = Some(Routing::clone(&routing));
         Ok((Fed { out, routing, logits, routed: Some(routed) }, FeedTrail::Moe(Box::new(trail))))
     }
@@ -241,11 +253,25 @@ impl Moe {
         routing: &Arc<Routing>,
         changes: &Changes<'_>,
         known: Option<&Tensor>,
-    ) -> Result<(Option<MoeInner>, Tensor), ModelError> {
-        if let (Some(_), None) = (&self.placed, &changes.lora) {
+    ) -> Result<(Inside, Tensor), ModelError> {
+        if let (Some(placed), Some(lora)) = (&self.placed, changes.lora) {
+            let (values, apart) =
+                (numbers(x)?, Apart { moe: self, placed, routing, activation, lora });
+            let mut out = known.is_none().then(|| vec![0.0; values.len()]);
+            let own = apart.forward(&values, out.as_deref_mut())?;
+            let routed = match (known, out) {
+                (Some(known), _) => known.clone(),
+                (None, out) => Tensor::from_vec(out.unwrap_or_default(), x.shape(), &Device::Cpu)?,
+            };
+            return Ok((Inside::OnDevice(Some(own)), routed));
+        }
+        if self.placed.is_some() {
+            if let Some(known) = known {
+                return Ok((Inside::OnDevice(None), known.clone()));
+            }
             let (experts, placed) = (self.experts.clone(), self.placed.clone());
             let op = Experts { routing: routing.clone(), experts, activation, placed };
-            return Ok((None, x.apply_op1_no_bwd(&op)?));
+            return Ok((Inside::OnDevice(None), x.apply_op1_no_bwd(&op)?));
         }
         let (values, experts) = (numbers(x)?, self.views()?);
         let (exec, lora) = (self.exec(), changes.lora);
@@ -260,7 +286,7 @@ impl Moe {
                 Tensor::from_vec(out, x.shape(), &Device::Cpu)?
             }
         };
-        Ok((Some(inner), routed))
+        Ok((Inside::Kept(inner), routed))
     }
 
     fn shared_trail(
@@ -299,8 +325,7 @@ fn linear(
 ) -> Result<Tensor, ModelError> {
     let Some(pair) = pair else { return Ok(layer.forward(x)?) };
     let w = layer.view()?;
-    let tokens = x.dim(0)?;
-    let mut out = vec![0.0; tokens * w.rows()];
-    lora_linear(&numbers(x)?, w, layer.bias.as_deref(), &pair, &mut out, &layer.exec)?;
-    Ok(Tensor::from_vec(out, (tokens, w.rows()), &Device::Cpu)?)
+    let mut out = to_vec(&layer.forward(x)?)?;
+    lora_add(&numbers(x)?, [w.rows(), w.cols()], &pair, &mut out, &layer.exec)?;
+    Ok(Tensor::from_vec(out, (x.dim(0)?, w.rows()), &Device::Cpu)?)
 }

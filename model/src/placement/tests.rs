@@ -2,8 +2,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device as Host, Tensor};
 use moe_merge_checkpoint::Source;
-use moe_merge_kernels::Exec;
 use moe_merge_kernels::cuda::emulated;
+use moe_merge_kernels::{Exec, ExpertLora, LoraPair};
 use moe_merge_testkit::golden::{LOGITS_F32, relative_difference};
 
 use super::*;
@@ -113,6 +113,65 @@ fn gradients_go_through_a_device() {
             found.unwrap().input.unwrap()
         });
         close(name, &found, &wanted);
+    }
+}
+
+/// The expert that learns stays on the processor, all else is on the device; in a dense model only its factors stay.
+#[test]
+fn factors_have_the_same_gradients_beside_a_device() {
+    let rows = [0..4usize, 4..10];
+    let positions: Vec<u32> = rows.iter().cloned().flat_map(|r| 0..r.len() as u32).collect();
+    let wave = |n: usize, seed: f32| -> Vec<f32> {
+        (0..n).map(|i| 0.3 * (i as f32 * 0.7 + seed).sin()).collect()
+    };
+    let data = "model/tests/data";
+    for (name, expert) in [
+        (format!("{data}/granitemoeshared"), 0),
+        (format!("{data}/mixtral_fused"), 1),
+        ("recipes/qwen3_tiny".into(), 0),
+    ] {
+        let Some(device) = emulated(true) else { return };
+        let folder = moe_merge_testkit::repository(&name);
+        let source = source(&folder);
+        let spec = Spec::of(&source).unwrap();
+        let weights = Weights::new(&source, &spec).unwrap();
+        let layer = Layer::load(&weights, &spec, 0).unwrap();
+        let inter = layer.mlp_of(&spec, expert).unwrap().0.gate.view().unwrap().rows();
+        let (hidden, rank) = (spec.hidden, 2);
+        let sizes = [(inter, hidden), (inter, hidden), (hidden, inter)];
+        let factors = sizes
+            .map(|(out, input)| [wave(rank * input, out as f32), wave(out * rank, input as f32)]);
+        let [gate, up, down] = factors
+            .each_ref()
+            .map(|[a, b]| Some(LoraPair { a, b, rank, scale: 0.5, dropout: None }));
+        let lora = Some(ExpertLora { expert, gate, up, down });
+        let x = Tensor::from_vec(wave(10 * hidden, 1.0), (10, hidden), &Host::Cpu).unwrap();
+        let run = |placement: &Placement| {
+            let layer = Layer::load_on(&weights, &spec, 0, placement).unwrap();
+            let mut tables = Tables::new(&positions);
+            let table = tables.of(layer.rope());
+            let changes = Changes { gating: Gating::Stored, lora };
+            let pass =
+                |known| layer.forward_trail(&spec, &x, table, &rows, &changes, known).unwrap();
+            let (passed, trail) = pass(None);
+            let wanted = Wanted { input: true, ..Wanted::default() };
+            let back = |trail, wanted| {
+                let d = wave(10 * hidden, 2.0);
+                layer.backward(&spec, trail, (table, &rows[..]), &changes, wanted, d).unwrap()
+            };
+            let found = back(trail, wanted);
+            // Computed again from its input, and without a gradient of that.
+            let again = back(pass(passed.routed.as_ref()).1, Wanted::default());
+            assert_eq!(again.factors, found.factors);
+            let all = found.factors.map(|pair| pair.map(|p| [p.a, p.b].concat()).unwrap());
+            let stream = crate::ops::to_vec(&passed.stream).unwrap();
+            [vec![stream, found.input.unwrap()], all.to_vec()].concat()
+        };
+        let (wanted, found) = (run(&Placement::cpu()), run(&Placement::on(device, 0)));
+        for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+            assert!(wanted.iter().any(|v| v.abs() > 1e-6), "{name}: {i}");
+            close(&format!("{name}: {i}"), found, wanted);
+        }
     }
 }
 
