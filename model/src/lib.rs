@@ -33,6 +33,7 @@ pub mod perplexity;
 mod placement;
 mod probe;
 pub mod router_training;
+mod running;
 pub mod sample;
 pub mod sampler;
 pub mod side_by_side;

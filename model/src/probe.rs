@@ -91,19 +91,31 @@ pub(crate) fn batch(
 ) -> Result<Vec<Batch>, ModelError> {
     let (mut batches, mut from) = (Vec::new(), 0);
     while from < prompts.len() {
-        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        for prompt in &prompts[from..] {
-            if !tokens.is_empty() && tokens.len() + prompt.len() > BATCH_TOKENS {
-                break;
-            }
-            rows.push(tokens.len()..tokens.len() + prompt.len());
-            positions.extend(0..prompt.len() as u32);
-            tokens.extend_from_slice(prompt);
+        let (mut to, mut tokens) = (from, 0);
+        while to < prompts.len() && (to == from || tokens + prompts[to].len() <= BATCH_TOKENS) {
+            tokens += prompts[to].len();
+            to += 1;
         }
-        from += rows.len();
-        batches.push(Batch { rows, positions, stream: embed(&tokens)? });
+        batches.push(Batch::of(prompts[from..to].iter().map(Vec::as_slice), &embed)?);
+        from = to;
     }
     Ok(batches)
+}
+
+impl Batch {
+    /// Texts one after the other, embedded.
+    pub fn of<'t>(
+        texts: impl Iterator<Item = &'t [u32]>,
+        embed: impl FnOnce(&[u32]) -> Result<Tensor, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for text in texts {
+            rows.push(tokens.len()..tokens.len() + text.len());
+            positions.extend(0..text.len() as u32);
+            tokens.extend_from_slice(text);
+        }
+        Ok(Self { stream: embed(&tokens)?, rows, positions })
+    }
 }
 
 fn split(

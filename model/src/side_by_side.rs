@@ -10,11 +10,11 @@ use moe_merge_checkpoint::{Source, WeightRef};
 
 use crate::error::ModelError;
 use crate::layer::{Layer, Past, site_names};
-use crate::model::{Tables, check_length, embed};
+use crate::model::Tables;
 use crate::ops::to_vec;
-use crate::probe::{Batch, batch};
+use crate::probe::Batch;
+use crate::running::Running;
 use crate::spec::Spec;
-use crate::weights::Weights;
 
 pub use experts::{ExpertOutputs, compare_experts};
 
@@ -95,39 +95,6 @@ pub struct SiteView<'a> {
 /// Decides on the weights of a site: one for each of its tensors, of the shape that they have.
 pub type Choose<'a> = dyn FnMut(&SiteView<'_>) -> Result<Vec<WeightRef>, ModelError> + 'a;
 
-/// A model whose layers are loaded one by one.
-struct Running {
-    spec: Spec,
-    weights: Weights,
-}
-
-impl Running {
-    fn new(source: &Source) -> Result<Self, ModelError> {
-        let spec = Spec::of(source)?;
-        Ok(Self { weights: Weights::new(source, &spec)?, spec })
-    }
-
-    fn layer(&self, index: usize) -> Result<Layer, ModelError> {
-        Layer::load(&self.weights, &self.spec, index)
-    }
-
-    fn embedded(&self, texts: &[Vec<u32>]) -> Result<Vec<Batch>, ModelError> {
-        texts.iter().try_for_each(|t| check_length(&self.spec, t.len()))?;
-        let embedding = self.weights.stored("model.embed_tokens.weight")?;
-        batch(texts, |tokens| embed(&self.spec, &embedding, tokens))
-    }
-
-    fn pass(&self, layer: &Layer, batches: &mut [Batch]) -> Result<(), ModelError> {
-        for batch in batches {
-            let mut tables = Tables::new(&batch.positions);
-            let table = tables.of(layer.rope());
-            let past = Past::None(&batch.rows);
-            batch.stream = layer.forward(&self.spec, &batch.stream, table, past)?.stream;
-        }
-        Ok(())
-    }
-}
-
 /// One member on its way.
 struct Side {
     model: Running,
@@ -185,9 +152,8 @@ pub fn choose_weights(
             sides.iter_mut().try_for_each(|side| target.pass(&layer, &mut side.merged))?;
         }
         drop(layers);
-        let prefix = format!("model.layers.{index}.");
-        sides.iter().for_each(|side| side.model.weights.release(&prefix));
-        target.weights.release(&prefix);
+        sides.iter().for_each(|side| side.model.release(index));
+        target.release(index);
     }
     Ok(())
 }

@@ -241,15 +241,9 @@ impl Trainee {
 
     /// Sequences one after the other in one matrix.
     fn batch(&self, lessons: &[&Lesson]) -> Result<Batch, ModelError> {
-        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        for lesson in lessons {
-            check_length(&self.spec, lesson.tokens.len())?;
-            rows.push(tokens.len()..tokens.len() + lesson.tokens.len());
-            positions.extend(0..lesson.tokens.len() as u32);
-            tokens.extend_from_slice(&lesson.tokens);
-        }
-        let stream = embed(&self.spec, &self.embedding, &tokens)?;
-        Ok(Batch { rows, positions, stream })
+        lessons.iter().try_for_each(|lesson| check_length(&self.spec, lesson.tokens.len()))?;
+        let texts = lessons.iter().map(|lesson| &lesson.tokens[..]);
+        Batch::of(texts, |tokens| embed(&self.spec, &self.embedding, tokens))
     }
 
     fn head(&self) -> Result<Head<'_>, ModelError> {

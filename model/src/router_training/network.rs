@@ -125,15 +125,9 @@ impl Network {
 
     /// Windows one after the other in one matrix.
     pub fn batch(&self, pieces: &[&Piece]) -> Result<Batch, ModelError> {
-        let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        for piece in pieces {
-            check_length(&self.spec, piece.tokens.len())?;
-            rows.push(tokens.len()..tokens.len() + piece.tokens.len());
-            positions.extend(0..piece.tokens.len() as u32);
-            tokens.extend_from_slice(&piece.tokens);
-        }
-        let stream = embed(&self.spec, &self.embedding, &tokens)?;
-        Ok(Batch { rows, positions, stream })
+        pieces.iter().try_for_each(|piece| check_length(&self.spec, piece.tokens.len()))?;
+        let texts = pieces.iter().map(|piece| &piece.tokens[..]);
+        Batch::of(texts, |tokens| embed(&self.spec, &self.embedding, tokens))
     }
 
     /// The stream after the last layer; `see` gets number and result of each layer, and what it leaves for the way back.

@@ -2,11 +2,11 @@
 
 use moe_merge_checkpoint::Source;
 
-use super::Running;
 use crate::error::ModelError;
 use crate::layer::Past;
 use crate::model::Tables;
 use crate::ops::to_vec;
+use crate::running::Running;
 
 /// Tokens at a time: what all experts of both models make of them is in memory together.
 const TOKENS: usize = 256;
@@ -70,7 +70,7 @@ pub fn compare_experts(
         }
         for ((model, batches), layer) in sides.iter_mut().zip(&layers) {
             model.pass(layer, batches)?;
-            model.weights.release(&format!("model.layers.{index}."));
+            model.release(index);
         }
     }
     Ok(())

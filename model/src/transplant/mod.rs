@@ -16,12 +16,12 @@ use moe_merge_kernels::{Exec, MatView};
 
 use crate::error::ModelError;
 use crate::layer::{Layer, Past, norm};
-use crate::model::{Tables, check_length, embed};
+use crate::model::Tables;
 use crate::ops::{FrozenLinear, RmsNorm, to_vec};
-use crate::probe::{Batch, batch};
+use crate::probe::Batch;
 use crate::router_training::head::{Head, Target};
+use crate::running::Running;
 use crate::spec::Spec;
-use crate::weights::Weights;
 
 mod distil;
 pub(crate) mod mlp;
@@ -67,15 +67,15 @@ pub fn transplant(
 ) -> Result<(), ModelError> {
     let (mut own, mut right) = (Side::new(student.source, texts)?, Side::new(teacher, texts)?);
     go_together(&own, &right)?;
-    let last = own.spec.layers.len() - 1;
+    let last = own.model.spec.layers.len() - 1;
     for l in 0..=last {
-        let (layer, taught) = (own.layer(l)?, right.layer(l)?);
+        let (layer, taught) = (own.model.layer(l)?, right.model.layer(l)?);
         right.pass(&taught)?;
         drop(taught);
         let half = own.half(&layer)?;
         let (expert, factor) =
-            layer.mlp_of(&own.spec, student.expert).ok_or_else(|| missing(student.expert))?;
-        let mut mlp = Mlp::of(expert, own.spec.activation)?;
+            layer.mlp_of(&own.model.spec, student.expert).ok_or_else(|| missing(student.expert))?;
+        let mut mlp = Mlp::of(expert, own.model.spec.activation)?;
         if layers.contains(&l) && own.fitted(&layer) {
             let target = right.stream()?;
             let (ending, taught) = (own.ending()?, right.ending()?);
@@ -102,8 +102,8 @@ pub fn transplant(
         }
         own.go_on(&half, &mlp, factor)?;
         drop(layer);
-        own.release(l);
-        right.release(l);
+        own.model.release(l);
+        right.model.release(l);
     }
     Ok(())
 }
@@ -118,10 +118,10 @@ pub fn divergences(
     texts: &[Vec<u32>],
 ) -> Result<Vec<f64>, ModelError> {
     let mut right = Side::new(teacher, texts)?;
-    for l in 0..right.spec.layers.len() {
-        let layer = right.layer(l)?;
+    for l in 0..right.model.spec.layers.len() {
+        let layer = right.model.layer(l)?;
         right.pass(&layer)?;
-        right.release(l);
+        right.model.release(l);
     }
     let (ending, stream) = (right.ending()?, right.stream()?);
     let head = ending.head()?;
@@ -130,13 +130,14 @@ pub fn divergences(
     for student in students {
         let mut own = Side::new(student.source, texts)?;
         go_together(&own, &right)?;
-        for l in 0..own.spec.layers.len() {
-            let layer = own.layer(l)?;
+        for l in 0..own.model.spec.layers.len() {
+            let layer = own.model.layer(l)?;
             let half = own.half(&layer)?;
-            let (expert, factor) =
-                layer.mlp_of(&own.spec, student.expert).ok_or_else(|| missing(student.expert))?;
-            own.go_on(&half, &Mlp::of(expert, own.spec.activation)?, factor)?;
-            own.release(l);
+            let (expert, factor) = layer
+                .mlp_of(&own.model.spec, student.expert)
+                .ok_or_else(|| missing(student.expert))?;
+            own.go_on(&half, &Mlp::of(expert, own.model.spec.activation)?, factor)?;
+            own.model.release(l);
         }
         let target = Target::Other(&states, &head);
         let nats = own.ending()?.head()?.losses(&own.stream()?, &target, None)?.nats;
@@ -154,7 +155,7 @@ fn missing(expert: usize) -> ModelError {
 }
 
 fn go_together(student: &Side, teacher: &Side) -> Result<(), ModelError> {
-    let (s, t) = (&student.spec, &teacher.spec);
+    let (s, t) = (&student.model.spec, &teacher.model.spec);
     let sizes = |s: &Spec| [s.layers.len(), s.hidden, s.vocab];
     if sizes(s) == sizes(t) {
         return Ok(());
@@ -171,8 +172,7 @@ fn go_together(student: &Side, teacher: &Side) -> Result<(), ModelError> {
 
 /// One of the two models and its stream.
 struct Side {
-    spec: Spec,
-    weights: Weights,
+    model: Running,
     batches: Vec<Batch>,
 }
 
@@ -200,33 +200,22 @@ impl Ending {
 
 impl Side {
     fn new(source: &Source, texts: &[Vec<u32>]) -> Result<Self, ModelError> {
-        let spec = Spec::of(source)?;
-        let weights = Weights::new(source, &spec)?;
-        texts.iter().try_for_each(|t| check_length(&spec, t.len()))?;
-        let embedding = weights.stored("model.embed_tokens.weight")?;
-        let batches = batch(texts, |tokens| embed(&spec, &embedding, tokens))?;
-        Ok(Self { spec, weights, batches })
+        let model = Running::new(source)?;
+        Ok(Self { batches: model.embedded(texts)?, model })
     }
 
     /// Whether what is fitted has a part in `layer`: in a MoE, dense layers belong to all experts.
     fn fitted(&self, layer: &Layer) -> bool {
-        layer.experts() > 0 || self.spec.moe_layers().next().is_none()
-    }
-
-    fn layer(&self, l: usize) -> Result<Layer, ModelError> {
-        Layer::load(&self.weights, &self.spec, l)
-    }
-
-    fn release(&self, l: usize) {
-        self.weights.release(&format!("model.layers.{l}."));
+        layer.experts() > 0 || self.model.spec.moe_layers().next().is_none()
     }
 
     fn ending(&self) -> Result<Ending, ModelError> {
-        let name = if self.spec.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let name =
+            if self.model.spec.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok(Ending {
-            norm: norm(&self.weights, &self.spec, "model.norm.weight")?,
-            head: self.weights.frozen(self.weights.get(name)?, None),
-            spec: self.spec.clone(),
+            norm: norm(&self.model.weights, &self.model.spec, "model.norm.weight")?,
+            head: self.model.weights.frozen(self.model.weights.get(name)?, None),
+            spec: self.model.spec.clone(),
         })
     }
 
@@ -241,14 +230,7 @@ impl Side {
 
     /// Through a layer as it is.
     fn pass(&mut self, layer: &Layer) -> Result<(), ModelError> {
-        for batch in &mut self.batches {
-            let mut tables = Tables::new(&batch.positions);
-            let table = tables.of(layer.rope());
-            let passed =
-                layer.forward(&self.spec, &batch.stream, table, Past::None(&batch.rows))?;
-            batch.stream = passed.stream;
-        }
-        Ok(())
+        self.model.pass(layer, &mut self.batches)
     }
 
     /// Through the attention of a layer, and whatever stands beside the expert.
@@ -258,8 +240,8 @@ impl Side {
             let mut tables = Tables::new(&batch.positions);
             let table = tables.of(layer.rope());
             let past = Past::None(&batch.rows);
-            let (x, inputs) = layer.attended(&self.spec, &batch.stream, table, past)?;
-            half.rest.extend(to_vec(&layer.without_experts(&self.spec, &x, &inputs)?)?);
+            let (x, inputs) = layer.attended(&self.model.spec, &batch.stream, table, past)?;
+            half.rest.extend(to_vec(&layer.without_experts(&self.model.spec, &x, &inputs)?)?);
             half.inputs.extend(to_vec(&inputs)?);
         }
         Ok(half)
@@ -267,7 +249,7 @@ impl Side {
 
     /// The stream after the layer, with `mlp` as its expert.
     fn go_on(&mut self, half: &Half, mlp: &Mlp, factor: f32) -> Result<(), ModelError> {
-        let hidden = self.spec.hidden;
+        let hidden = self.model.spec.hidden;
         let mut from = 0;
         for batch in &mut self.batches {
             let rows = from..from + batch.positions.len() * hidden;

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
 
 use super::part::{Gate, Part, Step, Trained};
-use super::taught::{Taught, gathered};
+use super::taught::Taught;
 use super::{Distillation, Pupil, Visits};
 use crate::error::ModelError;
 use crate::layer::{Choice, Layer, Past};
@@ -56,8 +56,9 @@ impl<'a> Network<'a> {
             .iter()
             .map(|p| Taught::new(&own, &ending, p, stream))
             .collect::<Result<_, _>>()?;
-        let layers: Vec<Layer> =
-            (0..own.spec.layers.len()).map(|l| own.layer(l)).collect::<Result<_, _>>()?;
+        let layers: Vec<Layer> = (0..own.model.spec.layers.len())
+            .map(|l| own.model.layer(l))
+            .collect::<Result<_, _>>()?;
         let (mut parts, mut gates) = (Vec::new(), Vec::new());
         for (l, layer) in layers.iter().enumerate() {
             let visited: Vec<usize> = match (visits, layer.experts()) {
@@ -66,7 +67,7 @@ impl<'a> Network<'a> {
                 (Visits::Forced, _) => pupils.iter().map(|p| p.expert).collect(),
             };
             let part = |expert: usize| -> Result<Part, ModelError> {
-                let found = layer.mlp_of(&own.spec, expert).ok_or_else(|| missing(expert))?;
+                let found = layer.mlp_of(&own.model.spec, expert).ok_or_else(|| missing(expert))?;
                 let learns = |p: &Pupil<'_>| p.expert == expert && p.layers.contains(&l);
                 let trained = match (own.fitted(layer) && pupils.iter().any(learns), options.rank) {
                     (false, _) => Trained::Nothing,
@@ -75,7 +76,7 @@ impl<'a> Network<'a> {
                         Trained::Rank(rank, options.seed ^ ((l as u64) << 32 | expert as u64))
                     }
                 };
-                Ok(Part::new(expert, Mlp::of(found.0, own.spec.activation)?, trained))
+                Ok(Part::new(expert, Mlp::of(found.0, own.model.spec.activation)?, trained))
             };
             parts.push(visited.into_iter().map(part).collect::<Result<Vec<_>, _>>()?);
             let routed = layer.router().filter(|_| visits == Visits::Routed);
@@ -89,8 +90,8 @@ impl<'a> Network<'a> {
             });
             gates.push(gate.transpose()?);
         }
-        let embedding = own.weights.get("model.embed_tokens.weight")?;
-        let (spec, stream) = (own.spec, options.stream);
+        let embedding = own.model.weights.get("model.embed_tokens.weight")?;
+        let (spec, stream) = (own.model.spec, options.stream);
         Ok(Self { spec, embedding, layers, ending, parts, gates, pupils: pupils_taught, stream })
     }
 
@@ -163,7 +164,7 @@ impl<'a> Network<'a> {
     fn batch(&self, drawn: &Drawn) -> Result<Batch, ModelError> {
         let texts = self.pupils.iter().zip(drawn);
         let texts = texts.flat_map(|(pupil, drawn)| drawn.iter().map(|t| pupil.texts[*t]));
-        gathered(texts, |tokens| embed(&self.spec, &self.embedding, tokens))
+        Batch::of(texts, |tokens| embed(&self.spec, &self.embedding, tokens))
     }
 
     /// The last stream, and what went into each layer.

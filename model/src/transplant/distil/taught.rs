@@ -36,14 +36,14 @@ impl<'a> Taught<'a> {
         let all: Vec<Vec<u32>> = pupil.texts.iter().chain(pupil.held_out).cloned().collect();
         let mut right = Side::new(pupil.teacher, &all)?;
         go_together(own, &right)?;
-        for l in 0..right.spec.layers.len() {
-            right.pass(&right.layer(l)?)?;
-            right.release(l);
+        for l in 0..right.model.spec.layers.len() {
+            right.pass(&right.model.layer(l)?)?;
+            right.model.release(l);
         }
         let taught = right.ending()?;
         let predictions = Predictions::new(&ending.head()?, &taught.head()?, &right.stream()?)?;
         right.batches.clear();
-        let layers = (0..right.spec.layers.len()).map(|l| right.layer(l));
+        let layers = (0..right.model.spec.layers.len()).map(|l| right.model.layer(l));
         let stream = match stream {
             true => {
                 let layers = layers.collect::<Result<_, _>>()?;
@@ -97,31 +97,17 @@ impl<'a> Taught<'a> {
     /// The teacher's stream after each layer but the last, `[tokens, hidden]` of the texts one after the other.
     pub fn streams(&self, texts: &[usize]) -> Result<Vec<Vec<f32>>, ModelError> {
         let Some((side, layers)) = &self.stream else { return Ok(Vec::new()) };
-        let embedding = side.weights.stored("model.embed_tokens.weight")?;
-        let mut batch = gathered(texts.iter().map(|t| self.texts[*t]), |tokens| {
-            embed(&side.spec, &embedding, tokens)
+        let embedding = side.model.weights.stored("model.embed_tokens.weight")?;
+        let mut batch = Batch::of(texts.iter().map(|t| self.texts[*t]), |tokens| {
+            embed(&side.model.spec, &embedding, tokens)
         })?;
         let mut tables = Tables::new(&batch.positions);
         let mut all = Vec::new();
         for layer in layers.iter().take(layers.len().saturating_sub(1)) {
             let (table, past) = (tables.of(layer.rope()), Past::None(&batch.rows));
-            batch.stream = layer.forward(&side.spec, &batch.stream, table, past)?.stream;
+            batch.stream = layer.forward(&side.model.spec, &batch.stream, table, past)?.stream;
             all.push(to_vec(&batch.stream)?);
         }
         Ok(all)
     }
-}
-
-/// Texts one after the other in one matrix.
-pub(super) fn gathered<'t>(
-    texts: impl Iterator<Item = &'t [u32]>,
-    embed: impl FnOnce(&[u32]) -> Result<candle_core::Tensor, ModelError>,
-) -> Result<Batch, ModelError> {
-    let (mut tokens, mut rows, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-    for text in texts {
-        rows.push(tokens.len()..tokens.len() + text.len());
-        positions.extend(0..text.len() as u32);
-        tokens.extend_from_slice(text);
-    }
-    Ok(Batch { stream: embed(&tokens)?, rows, positions })
 }
