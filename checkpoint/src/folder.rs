@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::config_json::ConfigJson;
 use crate::error::CheckpointError;
-use crate::generation::switch::View;
+use crate::generation::journal::JOURNAL_NAME;
+use crate::generation::switch::{PENDING, View};
 use crate::shard::{self, OtherTensor};
 use crate::source::{SIDE_FILES, SideContent, SideFile};
 use crate::weight::WeightRef;
@@ -265,14 +266,24 @@ pub(crate) type Stamp = Vec<Option<(u64, u64, Option<std::time::SystemTime>)>>;
 
 /// The files that a change of the model replaces.
 pub(crate) fn stamp(folder: &Path) -> Stamp {
+    stamp_of(folder, &[index::NAME, SINGLE, "config.json"])
+}
+
+fn stamp_of(folder: &Path, names: &[&str]) -> Stamp {
     use std::os::unix::fs::MetadataExt;
-    [index::NAME, SINGLE, "config.json"]
-        .into_iter()
+    names
+        .iter()
         .map(|name| {
             let meta = std::fs::metadata(folder.join(name)).ok()?;
             Some((meta.ino(), meta.len(), meta.modified().ok()))
         })
         .collect()
+}
+
+/// What changes with every step of a change that a reader could trip over. Going back brings the very files of before, but makes
+/// the journal longer; and what one change has staged, the next one stages anew.
+pub(crate) fn changes(folder: &Path) -> Stamp {
+    [stamp(folder), stamp_of(folder, &[JOURNAL_NAME, PENDING])].concat()
 }
 
 /// Opens all shards and holds them against the index.

@@ -85,7 +85,10 @@ pub const SIDE_FILES: &[&str] = &[
 ];
 
 /// How often a model may be replaced while it is opened.
-const REPLACED: usize = 8;
+const REPLACED: usize = 200;
+
+/// How long a change gets to go a step further.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
 
 impl Source {
     /// Opens a model; relative paths are taken from `base_dir`, Hub names from the cache that the environment names.
@@ -164,13 +167,14 @@ impl Source {
     /// Opens a folder; once more if its model was replaced by another generation meanwhile.
     fn open_folder(path: &Path) -> Result<Self, CheckpointError> {
         for _ in 0..REPLACED {
-            let before = folder::stamp(path);
+            let before = folder::changes(path);
             let opened = Self::open_folder_once(path);
-            if folder::stamp(path) == before {
+            if folder::changes(path) == before {
                 return opened;
             }
+            std::thread::sleep(PAUSE);
         }
-        Self::open_folder_once(path)
+        Err(CheckpointError::Busy { path: path.to_owned() })
     }
 
     fn open_folder_once(path: &Path) -> Result<Self, CheckpointError> {

@@ -38,7 +38,7 @@ pub(super) const MANIFESTS: &str = ".moe-merge/manifests";
 /// Where shards of older generations are, each named by its hash.
 pub(super) const STORE: &str = ".moe-merge/store";
 
-const PENDING: &str = ".moe-merge/pending.json";
+pub(crate) const PENDING: &str = ".moe-merge/pending.json";
 
 /// The same while it is prepared.
 pub(super) const NOTE: &str = "pending.json";
