@@ -96,29 +96,29 @@ fn experts_with_the_attention_of_the_base_stay_as_they_are() {
     );
 }
 
-/// Both ways from the same refit: training behind the routers loses next to nothing of it.
+/// `joint` goes on from `refit`, behind the routers: held-out text of the experts comes nearer to what their dense models say of
+/// it. from 0.211 to 0.184 nats together in so few steps.
 #[test]
-fn everything_together_keeps_what_refit_gave() {
-    let perplexity = |align| -> Option<([f64; 2], [f64; 2])> {
-        let (text, path) = recipe_of("models/tiny_full", &["math", "facts"], align)?;
-        let Ok(Recipe::Moe(recipe)) = recipe::parse(&text, &path) else { panic!("{text}") };
-        let options = QualityOptions {
-            estimators: vec!["auto".into()],
-            window: Some(128),
-            tokens: Some(3000),
-            ..QualityOptions::default()
-        };
-        let text = RecipeText { path: &path, text: &text };
-        let found = measure(&recipe, text, &options, &common::Silent).unwrap();
-        let own = |d: usize| found.models[1 + d].1[d].ln();
-        let row = |d: usize| found.routers[0].domains[d].as_ref().unwrap().perplexity.ln();
-        println!("{:?} of {:?}", [row(0), row(1)], [own(0), own(1)]);
-        Some(([row(0), row(1)], [own(0), own(1)]))
-    };
-    let Some((refit, bound)) = perplexity(json!({"tokens": 3000})) else { return };
-    let (joint, _) = perplexity(json!({"method": "joint", "tokens": 3000, "steps": 60})).unwrap();
-    let lost = |nats: [f64; 2]| nats[0] - bound[0] + nats[1] - bound[1];
-    assert!(lost(joint) < 1.1 * lost(refit), "{refit:?} {joint:?} {bound:?}");
+fn everything_together_gains_behind_the_routers() {
+    let names = ["prose", "code", "math", "facts"];
+    let align = json!({"method": "joint", "tokens": 4000, "steps": 60});
+    let Some((text, path)) = recipe_of("models/tiny_full", &names, align) else { return };
+    let prompts = std::fs::read_to_string(path.with_file_name("prompts.json")).unwrap();
+    let prompts: serde_json::Value = serde_json::from_str(&prompts).unwrap();
+    let mut recipe: serde_json::Value = serde_json::from_str(&text).unwrap();
+    recipe["gate_mode"] = json!("auto");
+    for (i, name) in names.iter().enumerate() {
+        recipe["experts"][i]["positive_prompts"] = prompts[name].clone();
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let file = cli::file(temp.path(), "recipe.yaml", recipe.to_string().as_bytes());
+    let out = temp.path().join("moe").display().to_string();
+    let report = cli::run(&[&file, &out, "--json"]).json();
+    let experts = report["align"]["joint"]["experts"].as_array().unwrap();
+    let nats = |when: usize| experts.iter().map(|e| e["divergence"][when].as_f64().unwrap()).sum();
+    let [before, after]: [f64; 2] = [nats(0), nats(1)];
+    println!("{before:.4} to {after:.4} nats");
+    assert!(experts.len() == 4 && after < 0.95 * before, "{}", report["align"]["joint"]);
 }
 
 /// `distil` goes on from `refit`: with 60 short steps already further.

@@ -239,6 +239,8 @@ fn what_cannot_be_done_is_told() {
     let latin = cli::file(temp.path(), "latin.txt", b"one\ntwo \xe9 three\n");
     run(&["--expert", "0", "--data", &latin]).fails(3, &["not UTF-8", "line 2"]);
     run(&["--expert", "0", "--data", &data, "--window", "100000"]).fails(2, &["--window", "512"]);
+    run(&["--expert", "0", "--data", &data, "--device", "cuda"])
+        .fails(2, &["CUDA", "`--device cpu`"]);
     run(&["--expert", "0", "--data", &data, "--rank", "0"]).fails(2, &["--rank"]);
     run(&["--expert", "0", "--data", &data, "--layers", "4..9"]).fails(2, &["--layers", "6"]);
     run(&["--expert", "0", "--data", &data, "--learning-rate", "0"]).fails(2, &["--learning-rate"]);

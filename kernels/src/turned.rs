@@ -85,19 +85,12 @@ pub(crate) fn product(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::moe_block::tests::{bytes, numbers};
+    use crate::moe_block::tests::{apart, bytes, numbers};
     use crate::{Isa, linear_backward};
 
     fn fast() -> Option<Exec> {
         let exec = Exec { isa: Isa::Avx512Bf16, ..Exec::fast() };
         exec.isa.available().then_some(exec)
-    }
-
-    /// Largest difference over the largest number.
-    fn apart(found: &[f32], wanted: &[f32]) -> f32 {
-        let size = wanted.iter().fold(0f32, |m, v| m.max(v.abs()));
-        let pairs = found.iter().zip(wanted);
-        pairs.fold(0f32, |m, (f, w)| m.max((f - w).abs())) / size.max(1e-6)
     }
 
     #[test]

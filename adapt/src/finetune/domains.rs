@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_merge_checkpoint::{Interrupt, Source};
+use moe_merge_checkpoint::Interrupt;
 use moe_merge_merge::documents::{Cutting, Encoder, Unprompted, encode_labelled, read_labelled};
 use moe_merge_merge::gates::TokenPrompts;
-use moe_merge_model::expert_training::{Factors, Goal, Lesson, Route, Trainee};
+use moe_merge_model::expert_training::{Factors, Goal, Lesson, Trainee};
 use serde::Serialize;
 
 use super::data::Corpus;
@@ -189,28 +189,23 @@ pub fn stored(
     (of_texts(texts, lead, tokens), note)
 }
 
-/// Perplexity of each domain with the model as it is and with factors on top, routed as its routers say, and how much of it
+/// Perplexity of each domain with the model as it is and with factors on top, routed as its routers say (`Route::Natural`), and how much of it
 /// visits the expert.
 ///
 /// # Errors
 /// [`FinetuneError`].
 pub fn compare(
-    source: &Source,
-    expert: Option<usize>,
+    model: &Trainee,
     factors: &Factors,
     domains: &[Domain],
     interrupt: &Interrupt,
 ) -> Result<Vec<DomainReport>, FinetuneError> {
-    if domains.is_empty() {
-        return Ok(Vec::new());
-    }
-    let model = Trainee::open(source, expert, Route::Natural)?;
     let goal = Goal::NextToken;
     domains
         .iter()
         .map(|domain| {
-            let before = look(&model, None, &domain.batches, &goal, interrupt)?;
-            let after = look(&model, Some(factors), &domain.batches, &goal, interrupt)?;
+            let before = look(model, None, &domain.batches, &goal, interrupt)?;
+            let after = look(model, Some(factors), &domain.batches, &goal, interrupt)?;
             Ok(DomainReport {
                 name: domain.name.clone(),
                 tokens: domain.lessons().map(Lesson::scored).sum(),

@@ -1,5 +1,6 @@
 //! Text of the domains that a model knows: what it is held to, and what it is looked at with.
 
+use moe_merge_kernels::Exec;
 use moe_merge_merge::documents::Encoder;
 use moe_merge_merge::expert_texts;
 use moe_merge_merge::gates::TokenPrompts;
@@ -37,7 +38,7 @@ impl Finetune {
             });
         }
         let batches = domains::mixed(&known, (o.training.batch_tokens / 2).max(2));
-        let model = self.open(&self.source, self.number(), Route::Natural, notes)?;
+        let model = self.open(&self.source, self.number(), Route::Natural, o.exec, notes)?;
         Ok((Some(model), batches))
     }
 
@@ -106,7 +107,8 @@ impl Finetune {
         &self,
         encoder: &Encoder<'_>,
         factors: &Factors,
-    ) -> Result<(Vec<DomainReport>, Option<String>), FinetuneError> {
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<DomainReport>, FinetuneError> {
         let interrupt = &self.options.interrupt;
         let tokens = self.options.evaluation_tokens;
         let (domains, note) = match self.options.evaluation.is_empty() {
@@ -116,6 +118,13 @@ impl Finetune {
                 (domains::from_files(files, encoder, self.window, tokens, interrupt)?, None)
             }
         };
-        Ok((domains::compare(&self.source, self.number(), factors, &domains, interrupt)?, note))
+        notes.extend(note);
+        if domains.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Exact products: a change of a percent is to be seen.
+        let exec = Exec::default();
+        let model = self.open(&self.source, self.number(), Route::Natural, exec, notes)?;
+        domains::compare(&model, factors, &domains, interrupt)
     }
 }

@@ -25,7 +25,7 @@ use std::time::Instant;
 
 use moe_merge_checkpoint::manifest::Manifest;
 use moe_merge_checkpoint::{CheckpointError, Explain, Kind, Source, SourceRef};
-use moe_merge_kernels::Accuracy;
+use moe_merge_kernels::{Accuracy, Exec};
 use moe_merge_merge::documents::{Encoder, expert_names};
 use moe_merge_model::expert_training::{FactorKind, FactorPlan, Goal, Lesson, Route, Trainee};
 use moe_merge_model::{ModelError, Spec};
@@ -190,7 +190,8 @@ impl Finetune {
         let corpus = Corpus::open(&self.options.data, &encoder, self.window, interrupt)?;
         let (documents, held_out) = self.split(&corpus, &encoder)?;
         let mut notes = Vec::new();
-        let trainee = self.open(&self.source, self.number(), self.options.route, &mut notes)?;
+        let (route, exec) = (self.options.route, self.options.exec);
+        let trainee = self.open(&self.source, self.number(), route, exec, &mut notes)?;
         let teacher = self.teacher(&mut notes)?;
         let begun = self.begun(&corpus)?;
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
@@ -224,7 +225,7 @@ impl Finetune {
         let mut log = record::Log::open(self.options.log.as_deref(), &run.state)?;
         let stopped = run.go(&mut record::Recorder { log: &mut log, watcher })?;
         watcher.stage("comparing domains");
-        let (domains, note) = self.domains(&encoder, &run.state.best)?;
+        let domains = self.domains(&encoder, &run.state.best, &mut notes)?;
         watcher.stage("writing");
         let mut report = self.report(&run.state, stopped, &corpus);
         let expert = self.expert();
@@ -232,7 +233,7 @@ impl Finetune {
         report.domains = domains;
         report.warnings.extend(notes);
         report.warnings.extend(suffered);
-        report.warnings.extend(note.into_iter().chain(log.note()));
+        report.warnings.extend(log.note());
         if let Some(plot) = &self.options.plot {
             record::plot(plot, &run.state)?;
         }
@@ -264,7 +265,7 @@ impl Finetune {
         let source = teacher::source(path, (&self.source, &self.spec), self.window)?;
         // Of a MoE one expert is named, and gets nothing: routers say who is visited.
         let expert = Spec::of(&source)?.moe_layers().next().map(|_| 0);
-        Ok(Some(self.open(&source, expert, Route::Natural, notes)?))
+        Ok(Some(self.open(&source, expert, Route::Natural, self.options.exec, notes)?))
     }
 
     /// Opens a model where models are to run; where that is only a wish and there is no room, on the processor.
@@ -273,13 +274,14 @@ impl Finetune {
         source: &Source,
         expert: Option<usize>,
         route: Route,
+        exec: Exec,
         notes: &mut Vec<String>,
     ) -> Result<Trainee, ModelError> {
         let o = &self.options;
-        match Trainee::open_on(source, expert, route, o.exec, &o.placement) {
+        match Trainee::open_on(source, expert, route, exec, &o.placement) {
             Err(e @ ModelError::Device(_)) if o.fall_back && e.kind() == Kind::NoRoom => {
                 notes.push(format!("{}: {e}: it ran on the processor", source.label));
-                Trainee::open_with(source, expert, route, o.exec)
+                Trainee::open_with(source, expert, route, exec)
             }
             opened => opened,
         }

@@ -412,7 +412,7 @@ fn wrong_sizes_are_refused() {
 }
 
 /// Largest difference over the largest number.
-fn apart(found: &[f32], wanted: &[f32]) -> f32 {
+pub(crate) fn apart(found: &[f32], wanted: &[f32]) -> f32 {
     let size = wanted.iter().fold(0f32, |m, v| m.max(v.abs()));
     let pairs = found.iter().zip(wanted);
     pairs.fold(0f32, |m, (f, w)| m.max((f - w).abs())) / size.max(1e-6)

@@ -10,9 +10,7 @@ use crate::error::ModelError;
 
 /// What its pass leaves for the way back.
 pub(super) struct Own {
-    /// The visits to it, one to a row.
-    routing: Routing,
-    /// Slots of all tokens that they are.
+    /// Slots of all tokens that visit it.
     slots: Vec<usize>,
     pub inner: MoeInner,
 }
@@ -29,19 +27,19 @@ pub(super) struct Apart<'a> {
 impl Apart<'_> {
     /// What the experts make of `x [tokens, hidden]` is put into `out`, if it is wanted.
     pub fn forward(&self, x: &[f32], out: Option<&mut [f32]>) -> Result<Own, ModelError> {
-        let routing = self.visits();
         let slots = self.slots();
+        let routing = self.visits(&slots);
         let (rows, exec) = (self.rows(x, &slots), self.moe.exec());
         let (expert, lora) = self.expert()?;
         let block = self.block(&rows, &routing, &expert, lora, &exec);
         let inner = block.inner()?;
         if let Some(out) = out {
-            self.placed.forward(x, &self.others(), self.activation, out)?;
+            self.placed.forward(x, &self.others(&slots), self.activation, out)?;
             let mut own = vec![0.0; rows.len()];
             block.forward(&inner, &mut own)?;
             self.add(&own, &slots, out);
         }
-        Ok(Own { routing, slots, inner })
+        Ok(Own { slots, inner })
     }
 
     /// Gradients from that of the output, `d [tokens, hidden]`; that of `x` is put into `d_x`, if it is wanted.
@@ -52,8 +50,8 @@ impl Apart<'_> {
         d: &[f32],
         mut d_x: Option<&mut [f32]>,
     ) -> Result<MoeGradients, ModelError> {
-        let Own { routing, slots, inner } = own;
-        let others = self.others();
+        let Own { slots, inner } = own;
+        let (routing, others) = (self.visits(&slots), self.others(&slots));
         let mut weights =
             self.placed.backward(x, &others, self.activation, d, d_x.as_deref_mut())?;
         let (rows, d_rows) = (self.rows(x, &slots), self.rows(d, &slots));
@@ -76,15 +74,15 @@ impl Apart<'_> {
     }
 
     /// The visits to the expert, as if there were no other.
-    fn visits(&self) -> Routing {
-        let weights: Vec<f32> = self.slots().iter().map(|s| self.routing.weights[*s]).collect();
+    fn visits(&self, slots: &[usize]) -> Routing {
+        let weights: Vec<f32> = slots.iter().map(|s| self.routing.weights[*s]).collect();
         Routing { tokens: weights.len(), top_k: 1, ids: vec![0; weights.len()], weights }
     }
 
     /// The routing, in which visits to the expert have no weight.
-    fn others(&self) -> Routing {
+    fn others(&self, slots: &[usize]) -> Routing {
         let mut others = self.routing.clone();
-        self.slots().into_iter().for_each(|slot| others.weights[slot] = 0.0);
+        slots.iter().for_each(|slot| others.weights[*slot] = 0.0);
         others
     }
 

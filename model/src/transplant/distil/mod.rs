@@ -79,7 +79,7 @@ impl Default for Distillation {
         Self {
             steps: 400,
             learning_rate: 0.015,
-            router_rate: 0.3,
+            router_rate: 0.03,
             rank: None,
             stream: 0.0,
             batch_tokens: 1024,
@@ -428,13 +428,13 @@ mod tests {
             patience: 60,
             ..Distillation::default()
         };
-        let gentle = Distillation { learning_rate: 0.004, router_rate: 0.03, ..plain };
+        // Texts of chance say nothing about who should be visited.
+        let gentle = Distillation { router_rate: 0.003, ..plain };
         for (options, visits, share) in [
             (plain, Visits::Forced, 0.7),
             (Distillation { rank: Some(4), ..plain }, Visits::Forced, 0.85),
             (Distillation { stream: 0.2, ..plain }, Visits::Forced, 0.7),
-            // With the routers in the loop it may not gain, and then nothing changes.
-            (gentle, Visits::Routed, 1.0),
+            (gentle, Visits::Routed, 0.7),
         ] {
             let pupils = match visits {
                 Visits::Forced => vec![pupil(1, 0..layers)],
@@ -448,10 +448,7 @@ mod tests {
             };
             let found = run();
             let [before, after] = found.held_out.last().unwrap().unwrap();
-            assert!(
-                after < share * before || (share == 1.0 && after == before),
-                "{options:?} {visits:?}: {before} {after}"
-            );
+            assert!(after < share * before, "{options:?} {visits:?}: {before} {after}");
             assert!(found.matrices.iter().all(|m| m.expert == 1));
             assert_eq!(found.gates.len(), if visits == Visits::Routed { layers } else { 0 });
             // Stopped on the way, and gone on from there.
