@@ -97,7 +97,7 @@ fn experts_with_the_attention_of_the_base_stay_as_they_are() {
 }
 
 /// `joint` goes on from `refit`, behind the routers: held-out text of the experts comes nearer to what their dense models say of
-/// it. from 0.211 to 0.184 nats together in so few steps.
+/// it, from 0.211 to 0.184 nats together in so few steps.
 #[test]
 fn everything_together_gains_behind_the_routers() {
     let names = ["prose", "code", "math", "facts"];
