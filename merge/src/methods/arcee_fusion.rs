@@ -66,7 +66,7 @@ impl ArceeFusion {
             }
             // Element `trunc(q (n - 1))` from below is this one from above.
             let rank = |q: f64| n - (q * (n - 1) as f64) as u64;
-            let keyed = Keyed { inputs: &[model, base], keys };
+            let keyed = Keyed { inputs: &[model, base], keys, short: false };
             let found = keyed.at(&[rank(0.25), rank(0.5), rank(0.75)])?;
             let [lower, median, upper] = [found[0], found[1], found[2]].map(unordered);
             Ok(median + 1.5 * (upper - lower))

@@ -3,7 +3,7 @@
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 use moe_merge_kernels::elementwise;
 
-use super::scan;
+use super::scan::scan_some;
 
 /// The bits of `value` as a number that is ordered as the values are, negative ones included.
 pub(super) fn ordered(value: f32) -> u32 {
@@ -69,6 +69,8 @@ pub(super) struct Keyed<'a, F> {
     pub inputs: &'a [&'a WeightRef],
     /// Pushes one key for each number of a block.
     pub keys: F,
+    /// Whether the lower halves of all keys are zero, as those of bf16 numbers are: then they are not counted.
+    pub short: bool,
 }
 
 /// A number found by its rank.
@@ -81,14 +83,16 @@ struct Ranked {
 }
 
 impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
-    /// Visits all keys, with a state for each segment.
+    /// Visits all keys of the segments that are wanted, with a state for each segment.
     fn visit<T: Send>(
         &self,
+        wanted: impl Fn(usize) -> bool + Sync,
         start: impl Fn(usize) -> T + Sync,
         see: impl Fn(&mut T, usize, u32) + Sync,
     ) -> Result<Vec<T>, CheckpointError> {
-        let states = scan(
+        let states = scan_some(
             self.inputs,
+            wanted,
             |i| (start(i), Vec::new()),
             |(state, keys), first, blocks| {
                 keys.clear();
@@ -103,22 +107,31 @@ impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
     fn count(&self, below: Option<u32>) -> Result<Vec<Counts>, CheckpointError> {
         let start = |_| vec![0u32; 1 << 16];
         match below {
-            None => self.visit(start, |counts, _, key| counts[(key >> 16) as usize] += 1),
-            Some(upper) => self.visit(start, |counts, _, key| {
-                if key >> 16 == upper {
-                    counts[(key & 0xffff) as usize] += 1;
-                }
-            }),
+            None => self.visit(|_| true, start, |counts, _, key| counts[(key >> 16) as usize] += 1),
+            Some(upper) => self.visit(
+                |_| true,
+                start,
+                |counts, _, key| {
+                    if key >> 16 == upper {
+                        counts[(key & 0xffff) as usize] += 1;
+                    }
+                },
+            ),
         }
     }
 
-    /// The numbers that stand at `ranks` from the top (1: the greatest), in two to `1 + ranks` passes.
+    /// The numbers that stand at `ranks` from the top (1: the greatest), in two to `1 + ranks` passes, or one if keys are short.
     fn ranked(&self, ranks: &[u64]) -> Result<Vec<Ranked>, CheckpointError> {
         let uppers = self.count(None)?;
         let mut lowers: Vec<(u32, Vec<Counts>)> = Vec::new();
         let mut found = Vec::new();
         for &rank in ranks {
             let (upper, above) = bucket(&uppers, rank);
+            if self.short {
+                let equal = uppers.iter().map(|c| u64::from(c[upper as usize])).collect();
+                found.push(Ranked { key: upper << 16, above, equal });
+                continue;
+            }
             if lowers.iter().all(|(u, _)| *u != upper) {
                 lowers.push((upper, self.count(Some(upper))?));
             }
@@ -156,11 +169,13 @@ impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
         Ok(cuts)
     }
 
-    /// Index of the `wanted`-th of equal numbers, in one pass.
+    /// Index of the `wanted`-th of equal numbers, in one pass over the segment in which it lies.
     fn last_equal(&self, found: &Ranked, wanted: u64) -> Result<usize, CheckpointError> {
         let before = |i: usize| found.equal[..i].iter().sum::<u64>();
+        let left = |i: usize| wanted.saturating_sub(before(i));
         let places = self.visit(
-            |i| (wanted.saturating_sub(before(i)), None),
+            |i| left(i) > 0 && left(i) <= found.equal[i],
+            |i| (left(i), None),
             |(left, place), index, key| {
                 if key == found.key && *left > 0 {
                     *left -= 1;
@@ -168,7 +183,6 @@ impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
                 }
             },
         )?;
-        // Later segments start with nothing left to find, earlier ones end with something left.
         Ok(places.into_iter().find_map(|(_, place)| place).unwrap_or(usize::MAX))
     }
 }
@@ -221,7 +235,7 @@ mod tests {
         let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             out.extend(blocks[0].iter().map(|v| ordered(*v)));
         };
-        let keyed = Keyed { inputs: &[&weight], keys };
+        let keyed = Keyed { inputs: &[&weight], keys, short: false };
         let ranks: Vec<u64> = vec![1, 2, 250, 500_000, 999_999, n as u64];
         let found = keyed.at(&ranks).unwrap();
         let cuts = keyed.cuts(&ranks).unwrap();
@@ -237,13 +251,33 @@ mod tests {
     }
 
     #[test]
+    fn short_keys_have_the_cuts_of_long_ones() {
+        // Several segments of bf16 numbers, with many equal ones at every cut.
+        let n = 1 << 20;
+        let mut values: Vec<f32> = (0..n).map(|i| ((i * 7919) % 523) as f32 - 261.0).collect();
+        elementwise::round(&mut values, Dtype::BF16);
+        let weight = weight(&values, 1024);
+        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+            out.extend(blocks[0].iter().map(|v| magnitude(*v)));
+        };
+        let wanted = [1, 3, 1000, 600_001, n as u64 - 1];
+        let cuts = |short| Keyed { inputs: &[&weight], keys, short }.cuts(&wanted).unwrap();
+        assert_eq!(cuts(true), cuts(false));
+        for (wanted, cut) in wanted.iter().zip(cuts(true)) {
+            let kept = (0..n).filter(|&i| cut.keeps(magnitude(values[i]), i)).count();
+            assert_eq!(kept as u64, *wanted);
+        }
+    }
+
+    #[test]
     fn exactly_k_are_kept_and_of_equals_the_first() {
         let values = [1.0, -3.0, 3.0, 0.5, -3.0, 2.0];
         let weight = weight(&values, 6);
         let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             out.extend(blocks[0].iter().map(|v| magnitude(*v)));
         };
-        let cuts = Keyed { inputs: &[&weight], keys }.cuts(&[0, 1, 2, 3, 4, 5, 6]).unwrap();
+        let cuts =
+            Keyed { inputs: &[&weight], keys, short: false }.cuts(&[0, 1, 2, 3, 4, 5, 6]).unwrap();
         let kept = |cut: &Cut| -> Vec<usize> {
             (0..6).filter(|&i| cut.keeps(magnitude(values[i]), i)).collect()
         };

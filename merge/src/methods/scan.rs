@@ -25,12 +25,25 @@ pub(super) fn scan<T: Send>(
     start: impl Fn(usize) -> T + Sync,
     visit: impl Fn(&mut T, usize, &[Vec<f32>]) + Sync,
 ) -> Result<Vec<T>, CheckpointError> {
+    scan_some(inputs, |_| true, start, visit)
+}
+
+/// As [`scan`], but of the segments that `wanted` says no to only the state in which they begin is made.
+pub(super) fn scan_some<T: Send>(
+    inputs: &[&WeightRef],
+    wanted: impl Fn(usize) -> bool + Sync,
+    start: impl Fn(usize) -> T + Sync,
+    visit: impl Fn(&mut T, usize, &[Vec<f32>]) + Sync,
+) -> Result<Vec<T>, CheckpointError> {
     let Some(first) = inputs.first().filter(|w| !w.is_empty()) else { return Ok(Vec::new()) };
     let (rows, cols) = (first.rows(), first.cols());
     let count = first.len().div_ceil(SEGMENT).clamp(1, SEGMENTS).min(rows);
     let height = rows.div_ceil(count);
     let one = |i: usize| {
         let mut state = start(i);
+        if !wanted(i) {
+            return Ok(state);
+        }
         let range = (i * height).min(rows)..((i + 1) * height).min(rows);
         blocks(inputs, range, cols, |first, blocks| visit(&mut state, first, blocks))?;
         Ok(state)

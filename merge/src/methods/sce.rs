@@ -87,7 +87,10 @@ impl Sce {
                 let varying: u64 = parts.iter().map(|p| p.0).sum();
                 // The reference takes this product in f32.
                 let keep = (varying as f32 * k as f32) as u64;
-                Keyed { inputs: &tensors, keys: variances }.cuts(&[keep])?.first().copied()
+                Keyed { inputs: &tensors, keys: variances, short: false }
+                    .cuts(&[keep])?
+                    .first()
+                    .copied()
             }
         };
         let squares = scan(

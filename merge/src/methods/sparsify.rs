@@ -105,7 +105,7 @@ impl Wanted {
             out.resize(differences.len(), 0);
             elementwise::magnitudes(&differences, out);
         };
-        let keyed = Keyed { inputs: &[model, base], keys };
+        let keyed = Keyed { inputs: &[model, base], keys, short: dtype == Dtype::BF16 };
         let n = model.len() as f64;
         let (key, density) = (self.key, self.density);
         Ok(match self.sparsifier {
@@ -180,8 +180,14 @@ impl Sparse {
             }
             Keep::Random { key, density } => {
                 let (mut rng, below) = (stream(*key, first), threshold(*density));
-                let words: Vec<u32> = values.iter().map(|_| rng.next_u32()).collect();
-                elementwise::zero_by_chance(values, &words, below);
+                let (mut bytes, mut words) = ([0; 1024], [0u32; 256]);
+                for values in values.chunks_mut(words.len()) {
+                    let count = values.len();
+                    rng.fill_bytes(&mut bytes[..4 * count]);
+                    let (found, _) = bytes[..4 * count].as_chunks();
+                    words.iter_mut().zip(found).for_each(|(w, b)| *w = u32::from_le_bytes(*b));
+                    elementwise::zero_by_chance(values, &words[..count], below);
+                }
             }
             Keep::ByRank { key, density, epsilon } => {
                 let mut rng = stream(*key, first);
@@ -215,6 +221,24 @@ fn by_rank(row: &mut [f32], density: f64, epsilon: f64, rng: &mut ChaCha8Rng) {
     for (v, below) in row.iter_mut().zip(below) {
         if u64::from(rng.next_u32()) >= below {
             *v = 0.0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chance_takes_one_word_of_the_stream_for_each_number() {
+        let (key, first, n) = (key(7, "w", 1), 77, 1003);
+        let keep = Keep::Random { key, density: 0.3 };
+        let mut values: Vec<f32> = (1..=n).map(|i| i as f32).collect();
+        Sparse { keep, scale: 1.0 }.mask(first, n, &mut values);
+        let (mut rng, below) = (stream(key, first), threshold(0.3));
+        for (i, v) in values.iter().enumerate() {
+            let expected = if u64::from(rng.next_u32()) < below { (i + 1) as f32 } else { 0.0 };
+            assert_eq!(*v, expected, "number {i}");
         }
     }
 }
