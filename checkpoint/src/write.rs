@@ -18,6 +18,9 @@ use crate::error::CheckpointError;
 use crate::manifest::FileRecord;
 use crate::publish::{Interrupt, free_bytes};
 use crate::weight::WeightRef;
+use flush::Flusher;
+
+mod flush;
 
 /// Largest shard, in bytes of tensors: the usual default of the Hugging Face tools.
 pub const SHARD_LIMIT: u64 = 5_000_000_000;
@@ -244,6 +247,7 @@ const CHUNK: usize = 1 << 20;
 
 struct ShardWriter<'a> {
     file: File,
+    flusher: Flusher,
     path: PathBuf,
     hasher: blake3::Hasher,
     size: u64,
@@ -269,6 +273,7 @@ impl<'a> ShardWriter<'a> {
             File::create_new(&path).map_err(|e| CheckpointError::io("creating", &path, e))?;
         let mut writer = Self {
             file,
+            flusher: Flusher::default(),
             path,
             hasher: blake3::Hasher::new(),
             size: 0,
@@ -337,7 +342,9 @@ impl<'a> ShardWriter<'a> {
             },
             || file.write_all(chunk),
         );
-        written.map_err(|e| CheckpointError::io("writing", &self.path, e))?;
+        written
+            .and_then(|()| self.flusher.wrote(&self.file, chunk.len()))
+            .map_err(|e| CheckpointError::io("writing", &self.path, e))?;
         checked?;
         self.size += chunk.len() as u64;
         (self.watch.progress)(chunk.len() as u64);
@@ -351,7 +358,9 @@ impl<'a> ShardWriter<'a> {
         tensors: &[&OutTensor],
     ) -> Result<WrittenShard, CheckpointError> {
         // Publishing needs the bytes on the disk: here the wait overlaps with the writing of other shards.
-        self.file.sync_data().map_err(|e| CheckpointError::io("writing", &self.path, e))?;
+        self.flusher
+            .finish(&self.file)
+            .map_err(|e| CheckpointError::io("writing", &self.path, e))?;
         let blake3 = self.hasher.finalize().to_hex().to_string();
         let name = match &shard.name {
             ShardName::Fixed(name) => name.clone(),
@@ -402,6 +411,9 @@ fn header(tensors: &[&OutTensor]) -> Vec<u8> {
     header
 }
 
+/// Numbers that are computed before they are rounded: few enough to be still in the second-level cache then.
+const NARROWED: usize = 1 << 16;
+
 /// Computes `rows` and rounds them into `out`.
 fn narrow_rows(
     tensor: &OutTensor,
@@ -409,10 +421,26 @@ fn narrow_rows(
     out: &mut [u8],
 ) -> Result<(), CheckpointError> {
     let cols = tensor.weight.cols();
-    let first = rows.start * cols;
-    let mut values = vec![0.0; rows.len() * cols];
-    tensor.weight.read_rows(rows, &mut values)?;
-    cast::narrow(&values, tensor.dtype, out);
+    let step = (NARROWED / cols).max(1);
+    let mut values = vec![0.0; rows.len().min(step) * cols];
+    let parts = out.chunks_mut(step * cols * tensor.dtype.size());
+    for (from, out) in rows.clone().step_by(step).zip(parts) {
+        let to = rows.end.min(from + step);
+        let values = &mut values[..(to - from) * cols];
+        tensor.weight.read_rows(from..to, values)?;
+        narrow(tensor, from * cols, values, out)?;
+    }
+    Ok(())
+}
+
+/// Rounds `values`, which begin at the flat index `first`, into `out`.
+fn narrow(
+    tensor: &OutTensor,
+    first: usize,
+    values: &[f32],
+    out: &mut [u8],
+) -> Result<(), CheckpointError> {
+    cast::narrow(values, tensor.dtype, out);
     let Some(at) = cast::first_non_finite(out, tensor.dtype) else { return Ok(()) };
     if !values[at].is_finite() {
         return Err(not_finite(tensor, first + at));

@@ -92,7 +92,7 @@ impl Combine for ArceeFusion {
         let model = read(&inputs[1 - self.base], rows)?;
         for (out, model) in out.chunks_mut(cols).zip(model.chunks(cols)) {
             let importance: Vec<f32> = importance(model, out).collect();
-            for ((o, w), i) in out.iter_mut().zip(model).zip(importance) {
+            for ((o, &w), i) in out.iter_mut().zip(model).zip(importance) {
                 if i >= threshold {
                     *o = round(*o + round(w - *o, self.dtype), self.dtype);
                 }

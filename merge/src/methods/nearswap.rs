@@ -43,7 +43,8 @@ impl Combine for NearSwap {
     ) -> Result<(), CheckpointError> {
         let dtype = self.dtype;
         inputs[self.base].read_rows(rows.clone(), out)?;
-        for (o, v) in out.iter_mut().zip(read(&inputs[1 - self.base], rows)?) {
+        let other = read(&inputs[1 - self.base], rows)?;
+        for (o, &v) in out.iter_mut().zip(other.iter()) {
             let distance = round((*o - v).abs(), dtype).max(1e-6);
             let weight = round(self.t / distance, dtype).clamp(0.0, 1.0);
             let rest = round(round(1.0 - weight, dtype) * *o, dtype);

@@ -125,7 +125,7 @@ impl NuSlerp {
             let base = self.sum.base.map(|b| read(&inputs[b], row..row + 1)).transpose()?;
             let point = |m: usize| -> Result<Vec<f32>, CheckpointError> {
                 let values = read(&inputs[self.sum.points[m]], row..row + 1)?;
-                let Some(base) = &base else { return Ok(values) };
+                let Some(base) = &base else { return Ok(values.into_vec()) };
                 let mut difference = Vec::new();
                 subtract(&values, base, self.sum.dtype, &mut difference);
                 Ok(difference)

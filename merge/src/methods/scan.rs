@@ -1,6 +1,7 @@
 //! Facts about whole tensors: found in one or more passes, whatever the number of threads.
 
-use std::ops::Range;
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Mutex, OnceLock};
 
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
@@ -77,10 +78,67 @@ fn blocks(
 }
 
 /// Rows of one input in a buffer of their own.
-pub(super) fn read(input: &WeightRef, rows: Range<usize>) -> Result<Vec<f32>, CheckpointError> {
-    let mut values = vec![0.0; rows.len() * input.cols()];
+pub(super) fn read(input: &WeightRef, rows: Range<usize>) -> Result<Block, CheckpointError> {
+    let mut values = Block::new(rows.len() * input.cols());
     input.read_rows(rows, &mut values)?;
     Ok(values)
+}
+
+thread_local! {
+    static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Blocks that a thread keeps for the next rows, at most.
+const SPARES: usize = 8;
+
+/// Scratch for a block of numbers. A thread takes up again those it is done with: they need not be cleared.
+#[derive(Debug)]
+pub(super) struct Block(Vec<f32>);
+
+impl Block {
+    /// `count` numbers of any value.
+    pub fn new(count: usize) -> Self {
+        let mut values = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        values.resize(count, 0.0);
+        Self(values)
+    }
+
+    /// `count` zeros.
+    pub fn zeros(count: usize) -> Self {
+        let mut block = Self::new(count);
+        block.fill(0.0);
+        block
+    }
+
+    /// The numbers, for good.
+    pub fn into_vec(mut self) -> Vec<f32> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.0);
+        SPARE.with_borrow_mut(|spare| {
+            if spare.len() < SPARES && (1..=4 * BLOCK).contains(&values.capacity()) {
+                spare.push(values);
+            }
+        });
+    }
+}
+
+impl Deref for Block {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl DerefMut for Block {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.0
+    }
 }
 
 /// A fact about a whole tensor, found on first use. Threads of the pool that come while it is being found wait for it.

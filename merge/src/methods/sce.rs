@@ -6,6 +6,7 @@ use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 
 use super::gram::subtract;
 use super::order::{Cut, Keyed, magnitude};
+use super::scan::Block;
 use super::{Base, Combine, Group, Method, Once, Scope, flag, number, read, round, scan};
 
 /// Keeps the `select_topk` places where the differences vary most between the models, weighs each model by its mean square
@@ -135,7 +136,8 @@ impl Combine for Sce {
         let facts = self.facts.get(|| self.find(inputs))?;
         let first = rows.start * inputs[self.base].cols();
         let order = self.others.iter().chain([&self.base]);
-        let blocks: Result<Vec<_>, _> = order.map(|&m| read(&inputs[m], rows.clone())).collect();
+        let block = |&m: &usize| read(&inputs[m], rows.clone()).map(Block::into_vec);
+        let blocks: Result<Vec<_>, _> = order.map(block).collect();
         let mut blocks = blocks?;
         let differences = self.differences(&blocks);
         out.copy_from_slice(&blocks.pop().unwrap_or_default());

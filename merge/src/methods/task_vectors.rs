@@ -5,7 +5,7 @@ use std::ops::Range;
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
 
-use super::gram::subtract;
+use super::scan::Block;
 use super::sparsify::{self, Sparse, Sparsifier, Wanted};
 use super::{Combine, Group, Once, Parameter, Scope, flag, number, read, round};
 
@@ -120,8 +120,8 @@ impl TaskVectors {
     }
 
     /// The sum of the weighted task vectors, divided if that is wanted.
-    fn sum(&self, weighted: &[Vec<f32>], count: usize) -> Vec<f32> {
-        let mut sum = vec![0.0; count];
+    fn sum(&self, weighted: &[Block], count: usize) -> Block {
+        let mut sum = Block::zeros(count);
         weighted.iter().for_each(|p| elementwise::add(&mut sum, p));
         elementwise::round(&mut sum, self.dtype);
         let total: f32 = self.weights.iter().sum();
@@ -134,11 +134,11 @@ impl TaskVectors {
     }
 
     /// As [`Self::sum`], of what has the sign of the sum of all.
-    fn vote(&self, weighted: &[Vec<f32>], count: usize) -> Vec<f32> {
-        let mut all = vec![0.0; count];
+    fn vote(&self, weighted: &[Block], count: usize) -> Block {
+        let mut all = Block::zeros(count);
         weighted.iter().for_each(|p| elementwise::add(&mut all, p));
         elementwise::round(&mut all, self.dtype);
-        let (mut sum, mut weights) = (vec![0.0; count], vec![0.0; count]);
+        let (mut sum, mut weights) = (Block::zeros(count), Block::zeros(count));
         for (weight, p) in self.weights.iter().zip(weighted) {
             elementwise::add_agreeing(p, *weight, &all, &mut sum, &mut weights);
         }
@@ -165,12 +165,15 @@ impl Combine for TaskVectors {
     ) -> Result<(), CheckpointError> {
         let (dtype, cols) = (self.dtype, inputs[self.base].cols());
         inputs[self.base].read_rows(rows.clone(), out)?;
-        let mut weighted = vec![Vec::new(); self.others.len()]; // [models][values of these rows]
-        for (i, p) in weighted.iter_mut().enumerate() {
-            subtract(&read(&inputs[self.others[i]], rows.clone())?, out, dtype, p);
-            self.sparse(inputs, i)?.apply(rows.start * cols, cols, dtype, p);
-            elementwise::scale(p, self.weights[i]);
-            elementwise::round(p, dtype);
+        let mut weighted = Vec::new(); // [models][values of these rows]
+        for (i, &m) in self.others.iter().enumerate() {
+            let mut p = Block::new(out.len());
+            elementwise::subtract(&read(&inputs[m], rows.clone())?, out, &mut p);
+            elementwise::round(&mut p, dtype);
+            self.sparse(inputs, i)?.apply(rows.start * cols, cols, dtype, &mut p);
+            elementwise::scale(&mut p, self.weights[i]);
+            elementwise::round(&mut p, dtype);
+            weighted.push(p);
         }
         let mut merged = match self.consensus {
             true => self.vote(&weighted, out.len()),
