@@ -57,7 +57,7 @@ fn peak(command: &mut Command) -> (u64, bool) {
 #[ignore = "writes as much as one of the models takes"]
 #[cfg(target_os = "linux")]
 fn three_models_stay_below_the_bound() {
-    let gib = std::env::var("MOE_MERGE_SPARSE_GIB").ok().and_then(|v| v.parse().ok()).unwrap_or(1);
+    let gib = std::env::var("MOE_MERGE_SPARSE_GIB").ok().and_then(|v| v.parse().ok()).unwrap_or(6);
     let temp = tempfile::tempdir().unwrap();
     for name in ["a", "b", "c"] {
         sparse(&temp.path().join(name), 4 * gib);

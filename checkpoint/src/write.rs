@@ -120,11 +120,12 @@ pub fn write_shards(
         shards.iter().map(|_| Mutex::default()).collect();
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let error: Mutex<Option<CheckpointError>> = Mutex::default();
+    let large = Mutex::new(());
     let work = || {
         while let Some((i, shard)) =
             Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| shards.get(i).map(|s| (i, s)))
         {
-            match ShardWriter::write(dir, i, shard, watch, &failed) {
+            match ShardWriter::write(dir, i, shard, watch, &failed, &large) {
                 Ok(written) => *lock(&results[i]) = Some(written),
                 Err(e) => {
                     // The first to fail tells why; the others then stop on its behalf.
@@ -165,7 +166,7 @@ pub(crate) fn by_blocks(
         return Ok(());
     }
     let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
-    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 4);
+    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 16);
     scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
     for from in (0..rows).step_by(batch_rows) {
         let to = rows.min(from + batch_rows);
@@ -245,6 +246,9 @@ pub fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileRecord, Ch
 /// enough to stay in the second-level cache between the check, the hash and the copy.
 const CHUNK: usize = 1 << 20;
 
+/// Bytes of a tensor above which only one is computed at a time: all threads have work in it.
+const LARGE: u64 = 64 << 20;
+
 struct ShardWriter<'a> {
     file: File,
     flusher: Flusher,
@@ -264,6 +268,7 @@ impl<'a> ShardWriter<'a> {
         shard: &ShardPlan,
         watch: Watch<'a>,
         stop: &'a AtomicBool,
+        large: &Mutex<()>,
     ) -> Result<WrittenShard, CheckpointError> {
         let path = match &shard.name {
             ShardName::Fixed(name) => dir.join(name),
@@ -286,10 +291,17 @@ impl<'a> ShardWriter<'a> {
         writer.put(&header(&tensors))?;
         for tensor in &tensors {
             match (tensor.weight.bytes(), tensor.weight.dtype() == tensor.dtype) {
-                (Some(bytes), true) => writer.stored(tensor, bytes)?,
-                _ => writer.computed(tensor)?,
+                (Some(bytes), true) => {
+                    writer.stored(tensor, bytes)?;
+                    tensor.weight.release();
+                }
+                _ => {
+                    // What it is made of may be many times its size, and is in memory until it is released.
+                    let _alone = (tensor.size() > LARGE).then(|| lock(large));
+                    writer.computed(tensor)?;
+                    tensor.weight.release();
+                }
             }
-            tensor.weight.release();
         }
         writer.finish(dir, shard, &tensors)
     }
