@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 mod change;
 mod finetune;
+mod mergekit;
 mod merging;
 mod routing;
 mod running;
@@ -15,6 +16,7 @@ pub use change::{
     SwapArgs,
 };
 pub use finetune::{FinetuneArgs, Optimiser, Packing, Route, Schedule, Target};
+pub use mergekit::MergekitArgs;
 pub use merging::*;
 pub use routing::*;
 pub use running::*;
@@ -33,6 +35,9 @@ pub struct Cli {
     /// What to build, when no command is named.
     #[command(flatten)]
     pub build: Option<BuildArgs>,
+    /// What mergekit's flags ask of it.
+    #[command(flatten)]
+    pub mergekit: MergekitArgs,
     /// Options of every command.
     #[command(flatten)]
     pub common: Common,
@@ -48,7 +53,8 @@ pub struct Common {
     #[arg(long, global = true)]
     pub json: bool,
     /// Threads to use (one for each core by default)
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(short = 'j', long, visible_alias = "num-threads", global = true, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Where models run: the products of their weights on a CUDA device, if there is one, or on the processor
     #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> ExitCode {
     let outcome = match (&cli.command, &cli.build) {
         (Some(command), _) => commands::run(command, &cli.common),
-        (None, Some(recipe)) => commands::build(recipe, &cli.common),
+        (None, Some(recipe)) => commands::build(recipe, &cli.mergekit, &cli.common),
         (None, None) => {
             let _ = Cli::command().print_help();
             return exit::code(moe_merge_checkpoint::Kind::Usage);

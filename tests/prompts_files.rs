@@ -20,6 +20,7 @@ fn build(folder: &Path, text: &str) -> BuildReport {
         layout: Layout::Hub,
         interrupt: Interrupt::default(),
         placement: Default::default(),
+        shard_limit: None,
     };
     let prepared = Prepared::new(&recipe, RecipeText { path: &path, text }, options).unwrap();
     prepared.build(&common::Silent).unwrap()

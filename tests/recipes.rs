@@ -60,3 +60,41 @@ fn the_quickstart_beats_the_base_on_every_domain() {
     }
     moe_merge().arg("verify").arg(&out).assert().success();
 }
+
+#[test]
+fn a_command_line_of_mergekit_works() {
+    let temp = tempfile::tempdir().unwrap();
+    let recipe = temp.path().join("config.yml");
+    // The models are where the program runs, not beside the recipe.
+    let text = "merge_method: dare_ties\nbase_model: recipes/quickstart/base\ndtype: bfloat16\n\
+                models: [{model: recipes/quickstart/code, parameters: {weight: 1, density: 0.5}}]\n";
+    std::fs::write(&recipe, text).unwrap();
+    // The numbers of the tensors, whatever file they are in.
+    let build = |out: &str, flags: &[&str]| {
+        let out = temp.path().join(out);
+        let run = moe_merge().arg(&recipe).arg(&out).args(flags).assert().success();
+        moe_merge().arg("verify").arg(&out).assert().success();
+        let mut tensors = std::collections::BTreeMap::new();
+        let mut shards = 0;
+        for entry in std::fs::read_dir(&out).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                shards += 1;
+                let bytes = std::fs::read(&path).unwrap();
+                for (name, view) in safetensors::SafeTensors::deserialize(&bytes).unwrap().iter() {
+                    tensors.insert(name.to_owned(), view.data().to_vec());
+                }
+            }
+        }
+        let told = String::from_utf8(run.get_output().stderr.clone()).unwrap();
+        (tensors, shards, told)
+    };
+    let (plain, one, _) = build("plain", &[]);
+    let (seven, _, _) = build("seven", &["--random-seed", "7"]);
+    let (cut, several, told) =
+        build("cut", &["--cuda", "--lazy-unpickle", "--out-shard-size", "200k", "-j", "2"]);
+    assert!(plain != seven, "another seed draws another mask");
+    assert!(plain == cut, "how it is cut changes no number");
+    assert!(one == 1 && several > 1, "{one} and {several} shards");
+    assert!(told.contains("--cuda") && !told.contains("lazy"), "{told}");
+}

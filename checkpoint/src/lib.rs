@@ -47,6 +47,6 @@ pub use moe_merge_kernels::Dtype;
 pub use publish::{Interrupt, Replace, Staging};
 pub use shard::{OtherTensor, weights};
 pub use source::{SideContent, SideFile, Source};
-pub use source_ref::SourceRef;
+pub use source_ref::{SourceRef, located};
 pub use summary::Summary;
 pub use weight::{Weight, WeightRef};

@@ -13,7 +13,7 @@ use crate::gguf;
 use crate::hub::{self, Hub, RepoKind};
 use crate::layout;
 use crate::shard::{self, OtherTensor};
-use crate::source_ref::SourceRef;
+use crate::source_ref::{SourceRef, located};
 use crate::weight::WeightRef;
 
 /// A file that belongs to a model beside its weights: tokenizer, generation config, chat template.
@@ -91,7 +91,7 @@ const REPLACED: usize = 200;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
 
 impl Source {
-    /// Opens a model; relative paths are taken from `base_dir`, Hub names from the cache that the environment names.
+    /// Opens a model; relative paths are as [`located`] says, Hub names from the cache that the environment names.
     ///
     /// A path that exists wins over a Hub name. No weight is read.
     ///
@@ -260,7 +260,7 @@ fn locate(
     hub: &Hub,
     kind: RepoKind,
 ) -> Result<hub::Snapshot, CheckpointError> {
-    let path = base_dir.join(text);
+    let path = located(text, base_dir);
     match path.metadata() {
         Ok(meta) => {
             if let Some(revision) = revision {
@@ -319,10 +319,10 @@ fn not_found_hint(path: &Path) -> String {
     let parent = path.ancestors().skip(1).find(|p| p.exists() && !p.as_os_str().is_empty());
     match parent {
         Some(parent) => format!(
-            "`{}` exists, what follows does not; relative paths start at the recipe's folder, or at the working folder",
+            "`{}` exists, what follows does not; relative paths start at the recipe's folder, else at the working folder",
             parent.display()
         ),
-        None => "relative paths start at the recipe's folder, or at the working folder".into(),
+        None => "relative paths start at the recipe's folder, else at the working folder".into(),
     }
 }
 

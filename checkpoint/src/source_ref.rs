@@ -1,6 +1,6 @@
 //! Where a model is, as a person writes it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::CheckpointError;
@@ -21,8 +21,15 @@ pub struct SourceRef {
     pub lora_revision: Option<String>,
 }
 
+/// The path that `path` stands for: below `base_dir`, or below the working folder if only that one exists, as recipes
+/// written for mergekit expect.
+pub fn located(path: impl AsRef<Path>, base_dir: &Path) -> PathBuf {
+    let (path, below) = (path.as_ref(), base_dir.join(path.as_ref()));
+    if !below.exists() && path.exists() { path.to_owned() } else { below }
+}
+
 impl SourceRef {
-    /// Reads the text form; paths that contain `+` or `@` are looked for below `base_dir`.
+    /// Reads the text form; paths that contain `+` or `@` are looked for as [`located`] does.
     ///
     /// Of several ways to split at `+`, one whose two sides exist wins over one whose model exists, and that over the
     /// first.
@@ -30,7 +37,7 @@ impl SourceRef {
     /// # Errors
     /// [`CheckpointError::BadReference`] if the model, the adapter or a revision is empty.
     pub fn parse(text: &str, base_dir: &Path) -> Result<Self, CheckpointError> {
-        let exists = |part: &str| !part.is_empty() && base_dir.join(part).exists();
+        let exists = |part: &str| !part.is_empty() && located(part, base_dir).exists();
         let bad =
             |what: &'static str| CheckpointError::BadReference { text: text.to_owned(), what };
         if text.trim().is_empty() {
@@ -72,10 +79,10 @@ impl SourceRef {
         Ok(Self { model, revision: model_revision, lora, lora_revision })
     }
 
-    /// The same reference, split anew if its parts do not exist below `base_dir` but other parts of its text form do:
+    /// The same reference, split anew if its parts do not exist but other parts of its text form do:
     /// it may have been read before it was known which folder it is relative to.
     pub(crate) fn settle(&self, base_dir: &Path) -> Self {
-        let exists = |part: &str| base_dir.join(part).exists();
+        let exists = |part: &str| located(part, base_dir).exists();
         let whole = self.revision.is_none()
             && exists(&self.model)
             && self.lora.as_deref().is_none_or(|l| self.lora_revision.is_none() && exists(l));
@@ -151,6 +158,19 @@ mod tests {
         assert_eq!(parts("me@home", at), ("me@home".into(), None, None, None));
         assert_eq!(parts("me@home+lora", at), ("me@home".into(), None, s("lora"), None));
         assert_eq!(parts("org/m+c++", at), ("org/m".into(), None, s("c++"), None));
+    }
+
+    #[test]
+    fn the_recipes_folder_comes_before_the_working_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            located("src", dir.path()),
+            Path::new("src"),
+            "cargo tests in the crate's folder"
+        );
+        assert_eq!(located("nowhere", dir.path()), dir.path().join("nowhere"));
+        std::fs::create_dir(dir.path().join("src")).unwrap();
+        assert_eq!(located("src", dir.path()), dir.path().join("src"));
     }
 
     #[test]

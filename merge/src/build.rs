@@ -48,6 +48,8 @@ pub struct BuildOptions {
     pub interrupt: Interrupt,
     /// Where evaluation text is scored. What is written is computed on the processor, the same wherever it is built.
     pub placement: Placement,
+    /// Bytes of a shard's tensors, at most; by default as the usual tools cut.
+    pub shard_limit: Option<u64>,
 }
 
 /// A part of a build that takes time.
@@ -309,6 +311,7 @@ impl Prepared {
                 dialect: dialect(recipe),
                 gate_mode: Some(recipe.gate_mode.name().into()),
                 seed: recipe.seed,
+                shard_limit: options.shard_limit,
                 ..Provenance::default()
             },
             assembly,

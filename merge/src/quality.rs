@@ -531,6 +531,7 @@ fn build_options(interrupt: &Interrupt) -> BuildOptions {
         layout: Layout::Hub,
         interrupt: interrupt.clone(),
         placement: Placement::cpu(),
+        shard_limit: None,
     }
 }
 

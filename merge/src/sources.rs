@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_merge_checkpoint::Source;
+use moe_merge_checkpoint::{Source, located};
 
 use crate::dense;
 use crate::error::MergeError;
@@ -44,7 +44,7 @@ impl Trail {
             }
             SourceKind::Inline(recipe) => self.deeper(source)?.recipe(recipe, source, base_dir)?,
             SourceKind::File(file) => {
-                let path = base_dir.join(file);
+                let path = located(file, base_dir);
                 let trail = self.within_file(source, &path)?;
                 let recipe = read(source, &path)?;
                 let dir = path.parent().unwrap_or(Path::new(""));

@@ -44,6 +44,14 @@ pub struct Provenance {
     pub experts: Vec<String>,
     /// `license` of the card's header, if known.
     pub license: Option<String>,
+    /// Bytes of a shard's tensors, at most: [`SHARD_LIMIT`] by default.
+    pub shard_limit: Option<u64>,
+}
+
+impl Provenance {
+    fn shard_limit(&self) -> u64 {
+        self.shard_limit.unwrap_or(SHARD_LIMIT)
+    }
 }
 
 /// What was written.
@@ -72,7 +80,7 @@ pub fn write(
 ) -> Result<Written, MergeError> {
     gates.check(plan)?;
     let sources = assembly.sources();
-    let shards = moe_shards(plan, gates);
+    let shards = moe_shards(plan, gates, provenance.shard_limit());
     let (shards, sources) = write_and_hash(&shards, &sources, plan.disk_bytes, staging, watch)?;
     let dir = staging.path();
     let mut files = vec![write_index(dir, &shards)?];
@@ -113,9 +121,10 @@ pub fn write_dense(
         .collect();
     let bytes: u64 = tensors.iter().map(OutTensor::size).sum();
     let experts = ExpertRoles::of(source);
+    let limit = provenance.shard_limit();
     let shards = match &experts {
-        Some(experts) => by_role(tensors.into_iter().map(|t| (experts.role(&t.name), t))),
-        None => numbered(tensors),
+        Some(experts) => by_role(tensors.into_iter().map(|t| (experts.role(&t.name), t)), limit),
+        None => numbered(tensors, limit),
     };
     let single = matches!(&shards[..], [shard] if matches!(shard.name, ShardName::Fixed(_)));
     let (shards, sources) = write_and_hash(&shards, inputs, bytes, staging, watch)?;
@@ -139,8 +148,8 @@ pub fn write_dense(
 }
 
 /// As the usual tools cut and name them.
-fn numbered(tensors: Vec<OutTensor>) -> Vec<ShardPlan> {
-    let parts = split(tensors, SHARD_LIMIT);
+fn numbered(tensors: Vec<OutTensor>, limit: u64) -> Vec<ShardPlan> {
+    let parts = split(tensors, limit);
     let count = parts.len();
     let name = |i: usize| match count {
         1 => "model.safetensors".to_owned(),
@@ -154,21 +163,22 @@ fn numbered(tensors: Vec<OutTensor>) -> Vec<ShardPlan> {
 }
 
 /// One shard per role, cut at the limit.
-fn moe_shards(plan: &Plan, gates: &Gates) -> Vec<ShardPlan> {
-    by_role(plan.tensors.iter().map(|tensor| {
+fn moe_shards(plan: &Plan, gates: &Gates, limit: u64) -> Vec<ShardPlan> {
+    let tensors = plan.tensors.iter().map(|tensor| {
         let weight = numbers(tensor, gates);
         (tensor.role, OutTensor { name: tensor.name.clone(), weight, dtype: tensor.dtype })
-    }))
+    });
+    by_role(tensors, limit)
 }
 
-fn by_role(tensors: impl Iterator<Item = (Role, OutTensor)>) -> Vec<ShardPlan> {
+fn by_role(tensors: impl Iterator<Item = (Role, OutTensor)>, limit: u64) -> Vec<ShardPlan> {
     let mut roles: BTreeMap<Role, Vec<OutTensor>> = BTreeMap::new();
     for (role, tensor) in tensors {
         roles.entry(role).or_default().push(tensor);
     }
     let mut shards = Vec::new();
     for (role, tensors) in roles {
-        let parts = split(tensors, SHARD_LIMIT);
+        let parts = split(tensors, limit);
         let many = parts.len() > 1;
         for (i, tensors) in parts.into_iter().enumerate() {
             let stem = if many { format!("{}-{:05}", role.stem(), i + 1) } else { role.stem() };

@@ -14,13 +14,13 @@ use moe_merge_merge::families::Layout;
 use moe_merge_merge::recipe::{self, Recipe};
 use serde_json::json;
 
-use crate::args::{self, BuildArgs, Common};
+use crate::args::{self, BuildArgs, Common, MergekitArgs};
 use crate::exit::{self, Outcome};
 use crate::progress::{Progress, Unit};
 use crate::render::{self, Failure};
 
 /// Builds what the recipe says, or shows what would be built.
-pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
+pub fn run(args: &BuildArgs, flags: &MergekitArgs, common: &Common) -> Result<Outcome, Failure> {
     let text = recipe::read(&args.recipe)?;
     let text = RecipeText { path: &args.recipe, text: &text };
     let options = BuildOptions {
@@ -32,9 +32,14 @@ pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
         },
         interrupt: exit::interrupt().clone(),
         placement: super::device::find(common)?,
+        shard_limit: flags.shard_size,
     };
+    notes(&flags.notes, common);
     match recipe::parse(text.text, text.path).map_err(MergeError::from)? {
-        Recipe::Moe(recipe) => {
+        Recipe::Moe(mut recipe) => {
+            if let Some(seed) = flags.seed {
+                recipe.reseed(seed);
+            }
             let prepared = Prepared::new(&recipe, text, options)?;
             if args.dry_run {
                 return plan(&prepared, common);
@@ -46,7 +51,8 @@ pub fn run(args: &BuildArgs, common: &Common) -> Result<Outcome, Failure> {
                 false => render::out(&summary(&report))?,
             }
         }
-        Recipe::Dense(recipe) => {
+        Recipe::Dense(mut recipe) => {
+            recipe.seed = flags.seed.unwrap_or(recipe.seed);
             let prepared = PreparedDense::new(&recipe, text, options)?;
             if args.dry_run {
                 return dense_plan(&prepared, common);

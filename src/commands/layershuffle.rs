@@ -41,6 +41,7 @@ pub fn run(args: &LayershuffleArgs, common: &Common) -> Result<Outcome, Failure>
         layout: Layout::Hub,
         interrupt: exit::interrupt().clone(),
         placement: super::device::find(common)?,
+        shard_limit: None,
     };
     let prepared = PreparedDense::new(&dense, RecipeText { path, text: &text }, options)?;
     let report = prepared.build(&Bars::new(common))?;

@@ -38,6 +38,7 @@ pub fn build_text(text: &str, path: &Path, out: &Path, layout: Layout) -> PathBu
         layout,
         interrupt: Interrupt::default(),
         placement: Default::default(),
+        shard_limit: None,
     };
     let prepared = Prepared::new(&recipe, RecipeText { path, text }, options);
     let built = prepared.and_then(|p| p.build(&Silent));

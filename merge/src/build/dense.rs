@@ -75,6 +75,7 @@ impl PreparedDense {
                 recipe: Some(text.text.to_owned()),
                 dialect: dialect(recipe),
                 seed: recipe.seed,
+                shard_limit: options.shard_limit,
                 ..Provenance::default()
             },
             source,

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use moe_merge_checkpoint::Source;
 use moe_merge_checkpoint::publish::Interrupt;
+use moe_merge_checkpoint::{Source, located};
 
 use super::names::split;
 use super::texts::{Amount, same_tokens};
@@ -42,7 +42,7 @@ impl Models<'_> {
         }
         let source = match (&spec.kind, self.files) {
             (SourceKind::Model(model), true) => {
-                Source::open_tensors(&self.base_dir.join(&model.model))
+                Source::open_tensors(&located(&model.model, self.base_dir))
                     .map_err(|e| MergeError::from(e).at(&spec.place))?
             }
             _ => self.trail.open(spec, self.base_dir)?,
@@ -63,7 +63,7 @@ impl Models<'_> {
     /// The same text for the same model, however its path is spelt.
     fn identity(&self, spec: &SourceSpec) -> String {
         let resolved = |path: &Path| {
-            self.base_dir.join(path).canonicalize().unwrap_or_else(|_| path.to_owned())
+            located(path, self.base_dir).canonicalize().unwrap_or_else(|_| path.to_owned())
         };
         match &spec.kind {
             SourceKind::Model(m) => {

@@ -225,6 +225,16 @@ pub enum Attention {
     Merge(Box<DenseRecipe>),
 }
 
+impl MoeRecipe {
+    /// Another seed of everything random.
+    pub fn reseed(&mut self, seed: u64) {
+        self.seed = seed;
+        if let Attention::Merge(recipe) = &mut self.attention {
+            recipe.seed = seed;
+        }
+    }
+}
+
 impl Reader {
     pub fn moe(&mut self, node: &Node, path: &str) -> Option<MoeRecipe> {
         let before = self.errors.len();
