@@ -96,6 +96,9 @@ pub struct BuildArgs {
     /// Replace the folder if it exists
     #[arg(long)]
     pub force: bool,
+    /// Start anew where a run that was killed has left the output unfinished, instead of going on from there
+    #[arg(long)]
+    pub no_resume: bool,
     /// Print the plan with its peak memory and disk; write nothing
     #[arg(long)]
     pub dry_run: bool,

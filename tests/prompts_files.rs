@@ -16,6 +16,7 @@ fn build(folder: &Path, text: &str) -> BuildReport {
     let Ok(Recipe::Moe(recipe)) = recipe::parse(text, &path) else { panic!("{text}") };
     let options = BuildOptions {
         out: Some(folder.join("out")),
+        unfinished: Default::default(),
         replace: Replace::Force,
         layout: Layout::Hub,
         interrupt: Interrupt::default(),

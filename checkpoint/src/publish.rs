@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
 
 use crate::error::CheckpointError;
+use crate::resume::{Identity, Log};
 
 /// A flag that a signal handler raises and every long loop asks.
 #[derive(Debug, Clone, Default)]
@@ -50,9 +51,19 @@ pub enum Replace {
     Force,
 }
 
+/// What to do with an output that a killed run has left unfinished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Unfinished {
+    /// Go on from it if it is of the same make, else remove it.
+    #[default]
+    TakeUp,
+    /// Remove it.
+    Remove,
+}
+
 /// A hidden folder beside the target in which an output grows; [`Staging::publish`] moves it into place, dropping it
 /// removes it. A lock file beside it tells a folder in use from one whose process was killed: the latter is removed
-/// by the next run with the same target.
+/// by the next run with the same target, or taken up by one that makes the same output.
 #[derive(Debug)]
 pub struct Staging {
     target: PathBuf,
@@ -62,6 +73,8 @@ pub struct Staging {
     _lock: File,
     replace: Replace,
     published: bool,
+    log: Option<Log>,
+    left: Option<String>,
 }
 
 /// Tries to find a free name before giving up; only stale runs with the same process id take names.
@@ -76,19 +89,68 @@ impl Staging {
     /// * [`CheckpointError::NotAModel`] if [`Replace::Force`] would delete something that is no checkpoint
     /// * [`CheckpointError::Io`] if the parent cannot be created or written to
     pub fn new(target: &Path, replace: Replace) -> Result<Self, CheckpointError> {
+        Self::begin(target, replace, None)
+    }
+
+    /// As [`Staging::new`], for an output of the make `identity`: what is written is noted, so that a later run can go on
+    /// from it.
+    ///
+    /// # Errors
+    /// As [`Staging::new`].
+    pub fn resume(
+        target: &Path,
+        replace: Replace,
+        identity: &Identity,
+        unfinished: Unfinished,
+    ) -> Result<Self, CheckpointError> {
+        if unfinished == Unfinished::Remove {
+            drop(Self::new(target, replace)?);
+        }
+        Self::begin(target, replace, Some(identity))
+    }
+
+    fn begin(
+        target: &Path,
+        replace: Replace,
+        identity: Option<&Identity>,
+    ) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
         check_target(&target, replace)?;
         let parent = parent_of(&target);
         fs::create_dir_all(parent)
             .map_err(|e| CheckpointError::io("creating the parent folder", parent, e))?;
         let prefix = format!(".{}.moe-merge-", file_name(&target));
-        remove_stale(&target, &prefix)?;
+        let mut stale = Stale { identity, found: None, left: None };
+        stale.settle(&target, &prefix)?;
+        let left = stale.left;
+        if let Some((folder, lock_path, lock, log)) = stale.found {
+            log.tidy(&folder)?;
+            let log = Some(log);
+            return Ok(Self {
+                target,
+                folder,
+                lock_path,
+                _lock: lock,
+                replace,
+                published: false,
+                log,
+                left,
+            });
+        }
         for attempt in 0..ATTEMPTS {
             let folder = parent.join(format!("{prefix}{}-{attempt}", std::process::id()));
             let lock_path = with_suffix(&folder, ".lock");
             let Some(lock) = take_lock(&lock_path)? else { continue };
             match fs::create_dir(&folder) {
                 Ok(()) => {
+                    let started = |identity| {
+                        let file = lock.try_clone()?;
+                        Log::start(file, identity)
+                    };
+                    let log = identity
+                        .map(started)
+                        .transpose()
+                        .map_err(|e| CheckpointError::io("writing", &lock_path, e))?;
                     return Ok(Self {
                         target,
                         folder,
@@ -96,6 +158,8 @@ impl Staging {
                         _lock: lock,
                         replace,
                         published: false,
+                        log,
+                        left,
                     });
                 }
                 Err(e) => {
@@ -121,14 +185,35 @@ impl Staging {
         &self.target
     }
 
-    /// Checks that `bytes` fit on the file system of the target.
+    /// What is safe of the output, for one that can be resumed.
+    pub fn log(&self) -> Option<&Log> {
+        self.log.as_ref()
+    }
+
+    /// What became of the unfinished output of an earlier run, if there was one.
+    pub fn note(&self) -> Option<String> {
+        let taken_up = self.log.as_ref().map_or(0, Log::bytes);
+        match &self.left {
+            _ if taken_up > 0 => Some(format!(
+                "goes on from an earlier run that did not end: {} MB were written",
+                taken_up / 1_000_000
+            )),
+            Some(why) => {
+                Some(format!("starts anew: what an earlier run had written is of no use, {why}"))
+            }
+            None => None,
+        }
+    }
+
+    /// Checks that `bytes`, less those that are there, fit on the file system of the target.
     ///
     /// # Errors
     /// [`CheckpointError::NoRoom`] with both numbers.
     pub fn need(&self, bytes: u64) -> Result<(), CheckpointError> {
         let free = free_bytes(&self.folder)?;
-        if bytes > free {
-            return Err(CheckpointError::NoRoom { path: self.target.clone(), needed: bytes, free });
+        let needed = bytes.saturating_sub(self.log.as_ref().map_or(0, Log::bytes));
+        if needed > free {
+            return Err(CheckpointError::NoRoom { path: self.target.clone(), needed, free });
         }
         Ok(())
     }
@@ -292,39 +377,79 @@ fn take_lock(path: &Path) -> Result<Option<File>, CheckpointError> {
     Ok(path.exists().then_some(file))
 }
 
-/// Removes hidden folders whose lock nobody holds. An old output that a killed run had put aside goes back.
-fn remove_stale(target: &Path, prefix: &str) -> Result<(), CheckpointError> {
-    let parent = parent_of(target);
-    let entries =
-        fs::read_dir(parent).map_err(|e| CheckpointError::io("reading the folder", parent, e))?;
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with(prefix) {
-            continue;
+/// What killed runs left behind.
+struct Stale<'a> {
+    /// What is to be made.
+    identity: Option<&'a Identity>,
+    /// The first that makes the same: folder, lock file, lock, log.
+    found: Option<(PathBuf, PathBuf, File, Log)>,
+    /// Why one that had made something was of no use.
+    left: Option<String>,
+}
+
+impl Stale<'_> {
+    /// Removes hidden folders whose lock nobody holds, but for one that is taken up. An old output that a killed run had
+    /// put aside goes back.
+    fn settle(&mut self, target: &Path, prefix: &str) -> Result<(), CheckpointError> {
+        let parent = parent_of(target);
+        let entries = fs::read_dir(parent)
+            .map_err(|e| CheckpointError::io("reading the folder", parent, e))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.starts_with(prefix) {
+                continue;
+            }
+            let path = entry.path();
+            let stem = name.trim_end_matches(".lock").trim_end_matches(".old");
+            let (folder, lock_path) = (parent.join(stem), parent.join(format!("{stem}.lock")));
+            let lock = match File::options().read(true).write(true).open(&lock_path) {
+                Ok(file) => match file.try_lock() {
+                    Ok(()) => Some(file),
+                    Err(TryLockError::WouldBlock | TryLockError::Error(_)) => continue,
+                },
+                Err(e) if e.kind() == ErrorKind::NotFound => None,
+                Err(_) => continue,
+            };
+            let lock = match lock {
+                Some(lock) if folder.is_dir() => {
+                    match self.take_up(folder.clone(), &lock_path, lock) {
+                        Ok(()) => continue,
+                        Err(lock) => Some(lock),
+                    }
+                }
+                lock => lock,
+            };
+            // Not being allowed to clean up is no reason to stop: the new run has names of its own.
+            if name.ends_with(".old") && !target.exists() {
+                let _ = fs::rename(&path, target);
+            } else if path != lock_path {
+                let _ = fs::remove_dir_all(&path);
+            }
+            if !folder.exists() {
+                let _ = fs::remove_file(&lock_path);
+            }
+            drop(lock);
         }
-        let path = entry.path();
-        let stem = name.trim_end_matches(".lock").trim_end_matches(".old");
-        let lock_path = parent.join(format!("{stem}.lock"));
-        let lock = match File::options().write(true).open(&lock_path) {
-            Ok(file) => match file.try_lock() {
-                Ok(()) => Some(file),
-                Err(TryLockError::WouldBlock | TryLockError::Error(_)) => continue,
-            },
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(_) => continue,
-        };
-        // Not being allowed to clean up is no reason to stop: the new run has names of its own.
-        if name.ends_with(".old") && !target.exists() {
-            let _ = fs::rename(&path, target);
-        } else if path != lock_path {
-            let _ = fs::remove_dir_all(&path);
-        }
-        if !parent.join(stem).exists() {
-            let _ = fs::remove_file(&lock_path);
-        }
-        drop(lock);
+        Ok(())
     }
-    Ok(())
+
+    /// Keeps what a killed run left if it made the same; else gives back its lock.
+    fn take_up(&mut self, folder: PathBuf, lock_path: &Path, lock: File) -> Result<(), File> {
+        let Some(identity) = self.identity.filter(|_| self.found.is_none()) else {
+            return Err(lock);
+        };
+        let Ok(file) = lock.try_clone() else { return Err(lock) };
+        match Log::take_up(file, identity) {
+            Ok(log) => {
+                self.found = Some((folder, lock_path.to_owned(), lock, log));
+                Ok(())
+            }
+            Err(why) => {
+                self.left = self.left.take().or(why);
+                Err(lock)
+            }
+        }
+    }
 }
 
 /// Writes every file below `folder`, and the folders, to the disk.

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging};
+use moe_merge_checkpoint::publish::{Interrupt, Replace, Staging, Unfinished};
 use moe_merge_checkpoint::write::Watch;
-use moe_merge_checkpoint::{Source, SourceRef};
+use moe_merge_checkpoint::{Identity, Source, SourceRef};
 use moe_merge_model::{Placement, Tokenizer};
 use moe_merge_router::Method;
 use serde::Serialize;
@@ -42,6 +42,8 @@ pub struct BuildOptions {
     pub out: Option<PathBuf>,
     /// What to do if it is there.
     pub replace: Replace,
+    /// What to do with what a killed run has left of it.
+    pub unfinished: Unfinished,
     /// How experts lie on disk.
     pub layout: Layout,
     /// Raised to stop.
@@ -50,6 +52,18 @@ pub struct BuildOptions {
     pub placement: Placement,
     /// Bytes of a shard's tensors, at most; by default as the usual tools cut.
     pub shard_limit: Option<u64>,
+}
+
+impl BuildOptions {
+    /// What is made of `files` by a recipe, which is given with the text of all files that it names.
+    fn identity(&self, recipe: &str, files: &[PathBuf]) -> Identity {
+        Identity::new(&format!("{recipe} {:?} {:?}", self.layout, self.shard_limit), files)
+    }
+
+    /// Prepares to write `target`, which is of the make `identity`.
+    fn staging(&self, target: &Path, identity: &Identity) -> Result<Staging, MergeError> {
+        Ok(Staging::resume(target, self.replace, identity, self.unfinished)?)
+    }
 }
 
 /// A part of a build that takes time.
@@ -166,6 +180,7 @@ pub struct Prepared {
     notes: Vec<String>,
     target: PathBuf,
     provenance: Provenance,
+    identity: Identity,
     options: BuildOptions,
     opened: f64,
 }
@@ -287,6 +302,10 @@ impl Prepared {
         let mut same_as_base: Vec<bool> =
             recipe.experts.iter().map(|e| unchanged(e, base)).collect();
         same_as_base.resize(assembly.experts.len(), true);
+        let sources = assembly.sources();
+        let sources = sources.iter().map(|(_, s)| *s).chain(&originals);
+        let files: Vec<PathBuf> = sources.flat_map(|s| s.files.iter().cloned()).collect();
+        let identity = options.identity(&format!("{recipe:?}"), &files);
         let self_text = prompts.experts.iter().map(|p| self_text_of(recipe, p)).collect();
         Ok(Self {
             plan,
@@ -316,6 +335,7 @@ impl Prepared {
             },
             assembly,
             origins,
+            identity,
             options,
             opened: start.elapsed().as_secs_f64(),
         })
@@ -375,7 +395,8 @@ impl Prepared {
     /// # Errors
     /// [`MergeError`]; then there is no output, unless evaluating failed after it was published.
     pub fn build(mut self, observer: &dyn Observer) -> Result<BuildReport, MergeError> {
-        let staging = Staging::new(&self.target, self.options.replace)?;
+        let staging = self.options.staging(&self.target, &self.identity)?;
+        let taken_up = staging.note();
         staging.need(self.plan.disk_bytes)?;
         self.provenance.name =
             self.target.file_name().map_or("moe".into(), |n| n.to_string_lossy().into_owned());
@@ -415,6 +436,7 @@ impl Prepared {
         seconds.evaluate = clock.elapsed().as_secs_f64();
 
         let mut warnings = std::mem::take(&mut self.plan.warnings);
+        warnings.extend(taken_up);
         warnings.extend(std::mem::take(&mut self.notes));
         warnings.extend(routers.notes);
         warnings.extend(degenerate_line(&routers.degenerate));

@@ -527,6 +527,7 @@ fn recovered(base: f64, oracle: f64, router: f64) -> Option<f64> {
 fn build_options(interrupt: &Interrupt) -> BuildOptions {
     BuildOptions {
         out: None,
+        unfinished: Default::default(),
         replace: Replace::Never,
         layout: Layout::Hub,
         interrupt: interrupt.clone(),

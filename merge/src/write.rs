@@ -10,7 +10,7 @@ use moe_merge_checkpoint::manifest::{
 use moe_merge_checkpoint::weight::OwnedWeight;
 use moe_merge_checkpoint::write::{
     OutTensor, SHARD_LIMIT, ShardName, ShardPlan, Watch, WrittenShard, split, write_file,
-    write_index, write_json, write_shards,
+    write_index, write_json, write_logged,
 };
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, Staging, WeightRef};
 use serde_json::{Map, Value};
@@ -215,7 +215,7 @@ fn write_and_hash(
     let hashing_stops = watch.interrupt.child();
     let (written, hashed) = std::thread::scope(|scope| {
         let hashing = scope.spawn(|| hash_files(&files, &hashing_stops));
-        let written = write_shards(staging.path(), shards, watch);
+        let written = write_logged(staging.path(), shards, staging.log(), watch);
         if written.is_err() {
             // Nobody will ask for the hashes: what is being written is lost.
             hashing_stops.trigger();

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use moe_merge_checkpoint::publish::Replace;
+use moe_merge_checkpoint::publish::{Replace, Unfinished};
 use moe_merge_merge::MergeError;
 use moe_merge_merge::align::{AlignReport, Survival};
 use moe_merge_merge::build::{
@@ -26,6 +26,7 @@ pub fn run(args: &BuildArgs, flags: &MergekitArgs, common: &Common) -> Result<Ou
     let options = BuildOptions {
         out: args.output().cloned(),
         replace: if args.force { Replace::Force } else { Replace::Never },
+        unfinished: if args.no_resume { Unfinished::Remove } else { Unfinished::TakeUp },
         layout: match args.layout {
             args::Layout::Hub => Layout::Hub,
             args::Layout::Fused => Layout::Fused,

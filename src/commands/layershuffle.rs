@@ -37,6 +37,7 @@ pub fn run(args: &LayershuffleArgs, common: &Common) -> Result<Outcome, Failure>
     };
     let options = BuildOptions {
         out: Some(out.clone()),
+        unfinished: Default::default(),
         replace: if args.force { Replace::Force } else { Replace::Never },
         layout: Layout::Hub,
         interrupt: exit::interrupt().clone(),

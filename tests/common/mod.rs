@@ -34,6 +34,7 @@ pub fn build_text(text: &str, path: &Path, out: &Path, layout: Layout) -> PathBu
     };
     let options = BuildOptions {
         out: Some(out.to_owned()),
+        unfinished: Default::default(),
         replace: Replace::Never,
         layout,
         interrupt: Interrupt::default(),

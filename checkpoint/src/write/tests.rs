@@ -3,7 +3,11 @@ use std::sync::atomic::AtomicU64;
 
 use proptest::prelude::*;
 
+use moe_merge_kernels::cast;
+
 use super::*;
+use crate::publish::{Replace, Staging, Unfinished};
+use crate::resume::Identity;
 use crate::shard;
 use crate::weight::{OwnedWeight, RowSlice, Weight};
 
@@ -198,4 +202,108 @@ proptest! {
             prop_assert_eq!(weight.shape(), from.weight.shape());
         }
     }
+}
+
+/// Two shards of tensors that are copied, rounded alone, and computed together.
+fn several() -> Vec<ShardPlan> {
+    let numbers = |seed: usize, n: usize| -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + seed * 11) % 251) as f32 * 0.37 - 40.0).collect()
+    };
+    let shard = |stem: &str, seed: usize| {
+        let copied = (0..4).map(|i| {
+            let values = numbers(seed + i, 600);
+            tensor(&format!("c{i}"), &values, &[20, 30], Dtype::BF16, Dtype::BF16)
+        });
+        let rounded = (0..6).map(|i| {
+            let values = numbers(seed + 7 * i, 900);
+            tensor(&format!("r{i}"), &values, &[900], Dtype::F32, Dtype::BF16)
+        });
+        by_content(stem, copied.chain(rounded).collect())
+    };
+    vec![shard("one", 1), shard("two", 2)]
+}
+
+/// Writes until so many bytes are written, then leaves everything as a killed process does.
+fn cut_short(target: &Path, identity: &Identity, bytes: u64) {
+    let staging = Staging::resume(target, Replace::Never, identity, Unfinished::TakeUp).unwrap();
+    let (interrupt, written) = (Interrupt::default(), AtomicU64::new(0));
+    let progress = |n| {
+        if written.fetch_add(n, Ordering::Relaxed) + n >= bytes {
+            interrupt.trigger();
+        }
+    };
+    let watch = Watch { interrupt: &interrupt, progress: &progress };
+    let result = write_logged(staging.path(), &several(), staging.log(), watch);
+    assert!(matches!(result, Ok(_) | Err(CheckpointError::Interrupted)), "{result:?}");
+    // The folder that is written is removed below: what is left takes the other of two names.
+    let names = [".m.moe-merge-1-0", ".m.moe-merge-1-1"];
+    let name = if staging.path().ends_with(names[0]) { names[1] } else { names[0] };
+    let left = target.with_file_name(name);
+    let lock = format!("{}.lock", left.display());
+    fs::create_dir(&left).unwrap();
+    for entry in fs::read_dir(staging.path()).unwrap().flatten() {
+        fs::copy(entry.path(), left.join(entry.file_name())).unwrap();
+    }
+    fs::copy(format!("{}.lock", staging.path().display()), lock).unwrap();
+}
+
+#[test]
+fn what_a_killed_run_left_is_gone_on_from_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = write_all(&tempfile::tempdir_in(&dir).unwrap().keep(), &several()).unwrap();
+    let total: u64 = whole.iter().map(|s| s.file.size).sum();
+    let target = dir.path().join("m");
+    let identity = Identity::new("several", &[]);
+    let mut went_on = 0;
+    for spoil in [false, true] {
+        for bytes in [1, 4_000, 7_000, 12_000, 17_000, 25_000, u64::MAX] {
+            cut_short(&target, &identity, bytes);
+            // Cut short a second time, further on.
+            cut_short(&target, &identity, bytes.saturating_add(4_000));
+            if spoil {
+                for folder in fs::read_dir(dir.path()).unwrap().flatten() {
+                    let hidden = folder.file_name().to_string_lossy().starts_with(".m.");
+                    let files = fs::read_dir(folder.path()).ok().filter(|_| hidden);
+                    for file in files.into_iter().flatten().flatten() {
+                        let mut content = fs::read(file.path()).unwrap();
+                        content.iter_mut().step_by(700).for_each(|b| *b ^= 1);
+                        fs::write(file.path(), content).unwrap();
+                    }
+                }
+            }
+            let staging =
+                Staging::resume(&target, Replace::Never, &identity, Unfinished::TakeUp).unwrap();
+            went_on += u64::from(staging.note().is_some());
+            let (interrupt, seen) = (Interrupt::default(), AtomicU64::new(0));
+            let progress = |n| {
+                seen.fetch_add(n, Ordering::Relaxed);
+            };
+            let watch = Watch { interrupt: &interrupt, progress: &progress };
+            let again = write_logged(staging.path(), &several(), staging.log(), watch).unwrap();
+            assert_eq!(again, whole, "{bytes}");
+            assert_eq!(seen.into_inner(), total, "{bytes}");
+            for shard in &again {
+                let content = fs::read(staging.path().join(&shard.file.name)).unwrap();
+                assert_eq!(blake3::hash(&content).to_hex().to_string(), shard.file.blake3);
+            }
+            assert_eq!(fs::read_dir(staging.path()).unwrap().count(), 2);
+        }
+    }
+    assert!(went_on >= 8, "{went_on}");
+}
+
+#[test]
+fn what_another_make_left_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("m");
+    let (one, two) = (Identity::new("one", &[]), Identity::new("two", &[]));
+    cut_short(&target, &one, 17_000);
+    let staging = Staging::resume(&target, Replace::Never, &two, Unfinished::TakeUp).unwrap();
+    assert!(staging.note().unwrap().contains("its recipe was another"));
+    assert_eq!(fs::read_dir(staging.path()).unwrap().count(), 0);
+    drop(staging);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    cut_short(&target, &one, 17_000);
+    let staging = Staging::resume(&target, Replace::Never, &one, Unfinished::Remove).unwrap();
+    assert_eq!((staging.note(), staging.log().unwrap().bytes()), (None, 0));
 }

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use moe_merge_checkpoint::publish::Staging;
 use moe_merge_checkpoint::write::Watch;
-use moe_merge_checkpoint::{Dtype, Source, WeightRef};
+use moe_merge_checkpoint::{Dtype, Identity, Source, WeightRef};
 use serde::Serialize;
 
 use super::{BuildOptions, Observer, RecipeText, Stage};
@@ -50,6 +49,7 @@ pub struct PreparedDense {
     method: &'static str,
     dtype: Option<Dtype>,
     provenance: Provenance,
+    identity: Identity,
     options: BuildOptions,
 }
 
@@ -66,6 +66,7 @@ impl PreparedDense {
         let Opened { source, matched, fitting } = open_dense(recipe, text.folder())?;
         let dtype = recipe.out_dtype.or(recipe.dtype);
         let size = |w: &WeightRef| w.size_in(dtype.unwrap_or(w.dtype()));
+        let identity = options.identity(&format!("{recipe:?}"), &source.files);
         Ok(Self {
             bytes: source.tensors.values().map(size).sum(),
             target: text.target(options.out.as_ref(), recipe.output.as_ref()),
@@ -81,6 +82,7 @@ impl PreparedDense {
             source,
             matched_experts: matched,
             fitting,
+            identity,
             options,
         })
     }
@@ -91,7 +93,8 @@ impl PreparedDense {
     /// [`MergeError`]; then there is no output.
     pub fn build(mut self, observer: &dyn Observer) -> Result<DenseReport, MergeError> {
         let clock = Instant::now();
-        let staging = Staging::new(&self.target, self.options.replace)?;
+        let staging = self.options.staging(&self.target, &self.identity)?;
+        let taken_up = staging.note();
         self.provenance.name =
             self.target.file_name().map_or("merge".into(), |n| n.to_string_lossy().into_owned());
         let texts = match self.fitting.take() {
@@ -117,7 +120,7 @@ impl PreparedDense {
             matched_experts: self.matched_experts,
             texts,
             seconds: clock.elapsed().as_secs_f64(),
-            warnings: self.source.notes.clone(),
+            warnings: taken_up.into_iter().chain(self.source.notes.clone()).collect(),
         })
     }
 }

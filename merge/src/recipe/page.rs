@@ -29,8 +29,8 @@ pub fn page() -> String {
          mergekit-moe and mergekit-yaml are read as they are. An unknown key is an error that names the nearest \
          known one. A *model* is a folder, a `.gguf` file or `org/name[@revision]` in the local Hub cache, any of them \
          `+ADAPTER`; the path of another dense recipe (`.yaml`); a mapping of the [table below](#source); or a \
-         dense recipe written in place. Relative paths start from the recipe's folder, but for `output`. What \
-         `parameters` can hold is in [methods.md](methods.md).\n",
+         dense recipe written in place. Relative paths start from the recipe's folder, but for `output`; a model \
+         that is not there is looked for in the working folder, as mergekit does. What `parameters` can hold is in [methods.md](methods.md).\n",
     );
     for (name, about) in SECTIONS {
         let keys = TABLES.iter().find(|(table, _)| table == name).map_or(&[][..], |(_, keys)| keys);
