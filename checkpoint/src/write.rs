@@ -138,7 +138,7 @@ pub fn write_logged(
     let large = Mutex::new(());
     // These threads wait for the pool, which does all computing: the number of busy threads is the pool's. One more than
     // that writes while another waits for the disk.
-    let writers = (rayon::current_num_threads() + 1).min(shards.len());
+    let writers = (rayon::current_num_threads() + 1).min(8).min(shards.len());
     std::thread::scope(|scope| {
         let run = Run { dir, log, watch, stop: &failed, large: &large, scope };
         let (results, next, failed, error) = (&results, &next, &failed, &error);

@@ -1,5 +1,6 @@
 //! Numbers that have to be computed or rounded before they are written, on all threads of the pool.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use moe_merge_kernels::{Dtype, cast};
@@ -7,6 +8,96 @@ use rayon::prelude::*;
 
 use super::{CHUNK, OutTensor};
 use crate::error::CheckpointError;
+
+/// Rows of a tensor that are computed at a time.
+#[derive(Debug, Clone)]
+pub(super) struct Part<'t> {
+    pub tensor: &'t OutTensor,
+    rows: Range<usize>,
+}
+
+impl Part<'_> {
+    /// Whether the tensor begins here.
+    pub fn first(&self) -> bool {
+        self.rows.start == 0
+    }
+
+    /// Whether the tensor ends here.
+    pub fn last(&self) -> bool {
+        self.rows.end == self.tensor.weight.rows()
+    }
+
+    fn size(&self) -> usize {
+        self.rows.len() * self.tensor.weight.cols() * self.tensor.dtype.size()
+    }
+}
+
+/// What is written at a time.
+#[derive(Debug)]
+pub(super) enum Piece<'t> {
+    /// A tensor that lies in a file as it has to be.
+    Stored(&'t OutTensor, &'t [u8]),
+    /// Some rows of one tensor, or several whole ones: work for all threads.
+    Computed(Vec<Part<'t>>),
+}
+
+/// Cuts tensors into pieces.
+pub(super) fn pieces<'t>(tensors: &[&'t OutTensor]) -> Vec<Piece<'t>> {
+    let room = CHUNK / 4 * rayon::current_num_threads().clamp(1, 16);
+    let (mut pieces, mut filled) = (Vec::new(), 0);
+    for &tensor in tensors {
+        let bytes = tensor.weight.bytes().filter(|_| tensor.weight.dtype() == tensor.dtype);
+        if let Some(bytes) = bytes {
+            pieces.push(Piece::Stored(tensor, bytes));
+            continue;
+        }
+        let [rows, cols] = [tensor.weight.rows(), tensor.weight.cols()];
+        let whole = Part { tensor, rows: 0..rows };
+        match pieces.last_mut() {
+            Some(Piece::Computed(parts)) if filled + rows * cols <= room => parts.push(whole),
+            _ if rows * cols <= room => {
+                pieces.push(Piece::Computed(vec![whole]));
+                filled = 0;
+            }
+            _ => {
+                let step = (room / cols).max(1);
+                let cut = (0..rows).step_by(step).map(|from| from..rows.min(from + step));
+                pieces.extend(cut.map(|rows| Piece::Computed(vec![Part { tensor, rows }])));
+                filled = room;
+            }
+        }
+        filled += rows * cols;
+    }
+    pieces
+}
+
+/// Computes `parts`, whose tensors are prepared, one after the other into `out`, which grows where it is too short; returns
+/// how many bytes there are.
+pub(super) fn fill(parts: &[Part<'_>], out: &mut Vec<u8>) -> Result<usize, CheckpointError> {
+    let total = parts.iter().map(Part::size).sum();
+    out.resize(out.len().max(total), 0);
+    let mut blocks = Vec::new();
+    let mut rest = &mut out[..total];
+    for part in parts {
+        let (bytes, after) = rest.split_at_mut(part.size());
+        rest = after;
+        let cols = part.tensor.weight.cols();
+        if !bytes.is_empty() {
+            let height = (CHUNK / 4 / cols).clamp(1, part.rows.len());
+            let cut = bytes.chunks_mut(height * cols * part.tensor.dtype.size());
+            blocks.extend(part.rows.clone().step_by(height).zip(cut).map(|b| (part.tensor, b)));
+        }
+    }
+    let done: Vec<Result<(), CheckpointError>> = blocks
+        .into_par_iter()
+        .map(|(tensor, (from, out))| {
+            let rows = out.len() / (tensor.weight.cols() * tensor.dtype.size());
+            narrow_rows(tensor, from..from + rows, out)
+        })
+        .collect();
+    done.into_iter().collect::<Result<(), _>>()?;
+    Ok(total)
+}
 
 /// Rows as bytes, in order: a few blocks at a time, each block on a thread of its own.
 ///
@@ -46,22 +137,30 @@ pub(crate) fn by_blocks(
 const NARROWED: usize = 1 << 16;
 
 /// Computes `rows` and rounds them into `out`.
-pub(super) fn narrow_rows(
+fn narrow_rows(
     tensor: &OutTensor,
     rows: Range<usize>,
     out: &mut [u8],
 ) -> Result<(), CheckpointError> {
     let cols = tensor.weight.cols();
     let step = (NARROWED / cols).max(1);
-    let mut values = vec![0.0; rows.len().min(step) * cols];
+    let mut values = VALUES.take();
+    values.resize(values.len().max(rows.len().min(step) * cols), 0.0);
     let parts = out.chunks_mut(step * cols * tensor.dtype.size());
-    for (from, out) in rows.clone().step_by(step).zip(parts) {
+    let done = rows.clone().step_by(step).zip(parts).try_for_each(|(from, out)| {
         let to = rows.end.min(from + step);
         let values = &mut values[..(to - from) * cols];
         tensor.weight.read_rows(from..to, values)?;
-        narrow(tensor, from * cols, values, out)?;
-    }
-    Ok(())
+        narrow(tensor, from * cols, values, out)
+    });
+    VALUES.set(values);
+    done
+}
+
+thread_local! {
+    /// What [`narrow_rows`] computed last on this thread, to be used again. Computing may run other work of the pool, which
+    /// then finds none.
+    static VALUES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Rounds `values`, which begin at the flat index `first`, into `out`.

@@ -1,17 +1,17 @@
-//! One shard: its header, then its tensors, hashed while they are written.
+//! One shard: its header, then its tensors, hashed and handed to the system while the next ones are computed.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::Scope;
 
 use moe_merge_kernels::{Dtype, cast};
 use serde_json::{Map, Value, json};
 
-use super::compute::{by_blocks, narrow_rows, not_finite};
+use super::compute::{Piece, fill, not_finite, pieces};
 use super::flush::Flusher;
 use super::{CHUNK, OutTensor, ShardName, ShardPlan, Watch, WrittenShard, lock};
 use crate::error::CheckpointError;
@@ -32,13 +32,17 @@ pub(super) struct Run<'a, 'env> {
     pub stop: &'a AtomicBool,
     /// Held while a large tensor is computed.
     pub large: &'a Mutex<()>,
-    /// For the threads that wait for the disk.
+    /// For the threads that write.
     pub scope: &'a Scope<'a, 'env>,
 }
 
-impl Run<'_, '_> {
+impl<'a> Run<'a, '_> {
     /// Writes shard `number`.
-    pub fn shard(self, number: usize, shard: &ShardPlan) -> Result<WrittenShard, CheckpointError> {
+    pub fn shard(
+        self,
+        number: usize,
+        shard: &'a ShardPlan,
+    ) -> Result<WrittenShard, CheckpointError> {
         let mut tensors: Vec<&OutTensor> = shard.tensors.iter().collect();
         tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then(a.name.cmp(&b.name)));
         let header = header(&tensors);
@@ -51,29 +55,78 @@ impl Run<'_, '_> {
         }
         // What an earlier run had written ends where a tensor does.
         let (mut end, there) = (header.len() as u64, writer.size);
-        for tensor in &tensors {
-            end += tensor.size();
-            if end <= there {
-                continue;
-            }
-            match (tensor.weight.bytes(), tensor.weight.dtype() == tensor.dtype) {
-                (Some(bytes), true) => {
-                    writer.stored(tensor, bytes)?;
-                    tensor.weight.release();
-                }
-                _ => {
-                    // What it is made of may be many times its size, and is in memory until it is released.
-                    let _alone = (tensor.size() > LARGE).then(|| lock(self.large));
-                    writer.computed(tensor)?;
-                    tensor.weight.release();
-                }
-            }
-            if self.log.is_some() {
-                writer.flusher.whole(writer.point());
-            }
-        }
+        let missing = tensors.iter().filter(|t| {
+            end += t.size();
+            end > there
+        });
+        let missing: Vec<&OutTensor> = missing.copied().collect();
+        let (steps, taken) = sync_channel(0);
+        let (used, buffers) = channel();
+        let writing = self.scope.spawn(move || {
+            taken.into_iter().try_for_each(|step| writer.step(step, &used))?;
+            Ok(writer)
+        });
+        let computed = self.compute(pieces(&missing), steps, buffers);
+        let writer = writing.join().map_err(|_| {
+            let panicked = std::io::Error::other("the thread that writes a file panicked");
+            CheckpointError::io("writing", self.dir, panicked)
+        })??;
+        computed?;
         writer.finish(shard, &tensors)
     }
+
+    /// Computes all `pieces` into one of two buffers while the other one is written. Ends early if nobody takes them.
+    fn compute(
+        self,
+        pieces: Vec<Piece<'a>>,
+        steps: SyncSender<Step<'a>>,
+        buffers: Receiver<Vec<u8>>,
+    ) -> Result<(), CheckpointError> {
+        let mut spare = vec![Vec::new(), Vec::new()];
+        let mut alone = None;
+        for piece in pieces {
+            let step = match piece {
+                Piece::Stored(tensor, bytes) => {
+                    alone = None;
+                    Step::Stored(tensor, bytes)
+                }
+                Piece::Computed(parts) => {
+                    // What it is made of may be many times its size, and is in memory until it is released.
+                    match parts.iter().any(|p| p.tensor.size() > LARGE) {
+                        true if alone.is_none() => alone = Some(lock(self.large)),
+                        true => {}
+                        false => alone = None,
+                    }
+                    let buffer = spare.pop().or_else(|| buffers.recv().ok());
+                    let Some(mut buffer) = buffer else { return Ok(()) };
+                    parts
+                        .iter()
+                        .filter(|p| p.first())
+                        .try_for_each(|p| p.tensor.weight.prepare())?;
+                    let size = fill(&parts, &mut buffer)?;
+                    let done = || parts.iter().filter(|p| p.last());
+                    done().for_each(|p| p.tensor.weight.release());
+                    Step::Computed { buffer, size, whole: done().next().is_some() }
+                }
+            };
+            if steps.send(step).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is to be written next.
+enum Step<'a> {
+    Stored(&'a OutTensor, &'a [u8]),
+    Computed {
+        buffer: Vec<u8>,
+        /// Bytes of it.
+        size: usize,
+        /// Whether a tensor ends with it.
+        whole: bool,
+    },
 }
 
 /// The name of shard `number` while it grows.
@@ -89,8 +142,6 @@ struct ShardWriter<'a, 'env> {
     path: PathBuf,
     hasher: blake3::Hasher,
     size: u64,
-    /// Output bytes of a few blocks of computed rows.
-    scratch: Vec<u8>,
 }
 
 impl<'a, 'env> ShardWriter<'a, 'env> {
@@ -103,7 +154,7 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
 
     fn with(run: Run<'a, 'env>, number: usize, file: File, path: PathBuf) -> Self {
         let (flusher, hasher) = (Flusher::new(run.log), blake3::Hasher::new());
-        Self { run, number, file, flusher, path, hasher, size: 0, scratch: Vec::new() }
+        Self { run, number, file, flusher, path, hasher, size: 0 }
     }
 
     /// Goes on with the file that an earlier run has left, if it is what that run noted and begins with `header`; else
@@ -155,6 +206,27 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
         }
     }
 
+    /// Writes, and gives back the buffer that was written.
+    fn step(&mut self, step: Step<'_>, used: &Sender<Vec<u8>>) -> Result<(), CheckpointError> {
+        let whole = match step {
+            Step::Stored(tensor, bytes) => {
+                self.stored(tensor, bytes)?;
+                tensor.weight.release();
+                true
+            }
+            Step::Computed { buffer, size, whole } => {
+                buffer[..size].chunks(CHUNK).try_for_each(|chunk| self.put(chunk))?;
+                // Nobody takes it when all is computed.
+                let _ = used.send(buffer);
+                whole
+            }
+        };
+        if whole && self.run.log.is_some() {
+            self.flusher.whole(self.point());
+        }
+        Ok(())
+    }
+
     /// Bytes that are in a file as they have to be.
     fn stored(&mut self, tensor: &OutTensor, bytes: &[u8]) -> Result<(), CheckpointError> {
         for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
@@ -164,20 +236,6 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
             })?;
         }
         Ok(())
-    }
-
-    /// Numbers that have to be computed or rounded.
-    fn computed(&mut self, tensor: &OutTensor) -> Result<(), CheckpointError> {
-        tensor.weight.prepare()?;
-        let sizes = [tensor.weight.rows(), tensor.weight.cols()];
-        let width = tensor.weight.cols() * tensor.dtype.size();
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let fill = |rows: Range<usize>, out: &mut [u8]| narrow_rows(tensor, rows, out);
-        let done = by_blocks(sizes, width, &mut scratch, fill, |out| {
-            out.chunks(CHUNK).try_for_each(|chunk| self.put(chunk))
-        });
-        self.scratch = scratch;
-        done
     }
 
     fn put(&mut self, chunk: &[u8]) -> Result<(), CheckpointError> {
@@ -203,11 +261,10 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
             },
             || file.write_all(chunk),
         );
-        written
-            .and_then(|()| self.flusher.wrote(&self.file, chunk.len(), self.run.scope))
-            .map_err(|e| CheckpointError::io("writing", &self.path, e))?;
+        written.map_err(|e| CheckpointError::io("writing", &self.path, e))?;
         checked?;
         self.size += chunk.len() as u64;
+        self.flusher.wrote(&self.file, self.size);
         (self.run.watch.progress)(chunk.len() as u64);
         Ok(())
     }
@@ -219,9 +276,7 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
     ) -> Result<WrittenShard, CheckpointError> {
         let mut point = self.point();
         // Publishing needs the bytes on the disk: here the wait overlaps with the writing of other shards.
-        self.flusher
-            .finish(&self.file)
-            .map_err(|e| CheckpointError::io("writing", &self.path, e))?;
+        self.file.sync_data().map_err(|e| CheckpointError::io("writing", &self.path, e))?;
         point.file = match &shard.name {
             ShardName::Fixed(name) => name.clone(),
             ShardName::ByContent(stem) => format!("{stem}-{}.safetensors", &point.blake3[..8]),

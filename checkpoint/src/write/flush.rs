@@ -1,30 +1,28 @@
 //! Bytes on their way to the disk while more of them are being made.
 
 use std::fs::File;
-use std::io;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::thread::{Scope, ScopedJoinHandle};
+use std::num::NonZeroU64;
+
+use rustix::fs::{Advice, fadvise};
 
 use crate::resume::{Log, Point};
 
-/// Bytes written between two requests: the disk stays busy, and few of the file system's commits are asked for.
-const STEP: usize = if cfg!(test) { 1 << 10 } else { 32 << 20 };
+/// Bytes written between two requests: the disk stays busy.
+const STEP: u64 = if cfg!(test) { 1 << 10 } else { 16 << 20 };
 
-type Thread<'a> = (SyncSender<Option<Point>>, ScopedJoinHandle<'a, io::Result<()>>);
-
-/// Asks the system to store what a file holds so far, on a thread of its own, so that little is left to wait for at the
-/// end, and notes what has become safe. A shorter file than [`STEP`] gets no thread.
+/// Has the system begin to store what a file holds so far, without a wait, so that little is left to wait for at the end;
+/// and notes which whole tensors were handed to it.
 pub(super) struct Flusher<'a> {
-    waiting: usize,
+    /// What is before this is on its way.
+    from: u64,
     whole: Option<Point>,
-    thread: Option<Thread<'a>>,
     log: Option<&'a Log>,
 }
 
 impl<'a> Flusher<'a> {
-    /// Notes in `log` what is safe.
+    /// Notes in `log`.
     pub fn new(log: Option<&'a Log>) -> Self {
-        Self { waiting: 0, whole: None, thread: None, log }
+        Self { from: 0, whole: None, log }
     }
 
     /// Takes note that the file holds whole tensors up to here.
@@ -32,49 +30,18 @@ impl<'a> Flusher<'a> {
         self.whole = Some(point);
     }
 
-    /// Takes note that `count` bytes were handed to the system.
-    pub fn wrote(&mut self, file: &File, count: usize, scope: &'a Scope<'a, '_>) -> io::Result<()> {
-        self.waiting += count;
-        if self.waiting < STEP {
-            return Ok(());
+    /// Takes note that the file has `size` bytes now.
+    pub fn wrote(&mut self, file: &File, size: u64) {
+        let count = size - self.from;
+        if count < STEP {
+            return;
         }
-        self.waiting = 0;
-        let (signal, _) = match &mut self.thread {
-            Some(thread) => thread,
-            None => self.thread.insert(start(file.try_clone()?, self.log, scope)),
-        };
-        // A full channel: the request that waits will cover these bytes, too. A closed one: `finish` tells why.
-        if let Err(TrySendError::Full(point)) = signal.try_send(self.whole.take()) {
-            self.whole = point;
+        // Linux begins to write the pages out that are said to be of no further use, and keeps them until that is done. Where
+        // it does not, they are written at the end.
+        let _ = fadvise(file, self.from, NonZeroU64::new(count), Advice::DontNeed);
+        self.from = size;
+        if let (Some(log), Some(point)) = (self.log, self.whole.take()) {
+            log.note(&point);
         }
-        Ok(())
     }
-
-    /// Waits until everything is on the disk.
-    ///
-    /// # Errors
-    /// The first one of any request: the system reports a failed write once only.
-    pub fn finish(self, file: &File) -> io::Result<()> {
-        if let Some((signal, thread)) = self.thread {
-            drop(signal);
-            thread
-                .join()
-                .map_err(|_| io::Error::other("the thread that stores a file panicked"))??;
-        }
-        file.sync_data()
-    }
-}
-
-fn start<'a>(file: File, log: Option<&'a Log>, scope: &'a Scope<'a, '_>) -> Thread<'a> {
-    let (signal, requests) = sync_channel::<Option<Point>>(1);
-    let work = move || {
-        requests.iter().try_for_each(|point| {
-            file.sync_data()?;
-            if let (Some(log), Some(point)) = (log, point) {
-                log.note(&point);
-            }
-            Ok(())
-        })
-    };
-    (signal, scope.spawn(work))
 }
