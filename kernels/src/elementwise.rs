@@ -74,6 +74,16 @@ each_set! {
 }
 
 each_set! {
+    /// `out = out + (a - b)^2`
+    pub fn add_squared_difference(out: &mut [f32], a: &[f32], b: &[f32]) {
+        for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+            let difference = a - b;
+            *o += difference * difference;
+        }
+    }
+}
+
+each_set! {
     /// `values = factor values`
     pub fn scale(values: &mut [f32], factor: f32) {
         for v in values {
@@ -120,6 +130,16 @@ each_set! {
         for v in values {
             let bits = v.to_bits();
             *v = f32::from_bits(if bits & 0x7fff_ffff >= least { bits } else { 0 });
+        }
+    }
+}
+
+each_set! {
+    /// As [`zero_below`], where the number of `gauge` in the same place is smaller.
+    pub fn zero_where_below(values: &mut [f32], gauge: &[f32], least: u32, keep_equal: bool) {
+        let least = if keep_equal { least } else { least.saturating_add(1) };
+        for (v, gauge) in values.iter_mut().zip(gauge) {
+            *v = if gauge.to_bits() & 0x7fff_ffff >= least { *v } else { 0.0 };
         }
     }
 }

@@ -3,8 +3,10 @@
 use std::ops::Range;
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
-use super::{Base, Combine, Group, Method, Scope, number, read, round};
+use super::scan::Block;
+use super::{Base, Combine, Group, Method, Scope, number, read};
 
 /// `w W + (1-w) B`, `w = clamp(t / max(|B - W|, 1e-6), 0, 1)` for each number. Rounded to the dtype of the arithmetic after
 /// each step.
@@ -43,13 +45,22 @@ impl Combine for NearSwap {
     ) -> Result<(), CheckpointError> {
         let dtype = self.dtype;
         inputs[self.base].read_rows(rows.clone(), out)?;
-        let other = read(&inputs[1 - self.base], rows)?;
-        for (o, &v) in out.iter_mut().zip(other.iter()) {
-            let distance = round((*o - v).abs(), dtype).max(1e-6);
-            let weight = round(self.t / distance, dtype).clamp(0.0, 1.0);
-            let rest = round(round(1.0 - weight, dtype) * *o, dtype);
-            *o = round(rest + round(weight * v, dtype), dtype);
-        }
+        let mut other = read(&inputs[1 - self.base], rows)?;
+        let mut weight = Block::new(out.len());
+        let each = weight.iter_mut().zip(out.iter()).zip(other.iter());
+        each.for_each(|((d, o), v)| *d = (o - v).abs());
+        elementwise::round(&mut weight, dtype);
+        weight.iter_mut().for_each(|w| *w = self.t / w.max(1e-6));
+        elementwise::round(&mut weight, dtype);
+        weight.iter_mut().for_each(|w| *w = w.clamp(0.0, 1.0));
+        other.iter_mut().zip(weight.iter()).for_each(|(v, w)| *v *= w);
+        elementwise::round(&mut other, dtype);
+        weight.iter_mut().for_each(|w| *w = 1.0 - *w);
+        elementwise::round(&mut weight, dtype);
+        out.iter_mut().zip(weight.iter()).for_each(|(o, w)| *o *= w);
+        elementwise::round(out, dtype);
+        elementwise::add(out, &other);
+        elementwise::round(out, dtype);
         Ok(())
     }
 }

@@ -38,7 +38,8 @@ impl Cut {
     pub const NONE: Cut = Cut { key: u32::MAX, last_equal: 0 };
 
     /// Whether the number with this key and flat index is kept.
-    pub fn keeps(&self, key: u32, index: usize) -> bool {
+    #[cfg(test)]
+    fn keeps(&self, key: u32, index: usize) -> bool {
         key > self.key || key == self.key && index <= self.last_equal
     }
 
@@ -47,6 +48,14 @@ impl Cut {
         let (equal, none) = self.split(values, first);
         elementwise::zero_below(equal, self.key, true);
         elementwise::zero_below(none, self.key, false);
+    }
+
+    /// Zeroes those of `values` for which the magnitude of `gauge` in the same place is not kept.
+    pub fn keep_where(&self, gauge: &[f32], values: &mut [f32], first: usize) {
+        let (equal, none) = self.split(values, first);
+        let (gauge_equal, gauge_none) = gauge.split_at(equal.len());
+        elementwise::zero_where_below(equal, gauge_equal, self.key, true);
+        elementwise::zero_where_below(none, gauge_none, self.key, false);
     }
 
     /// Zeroes those of `values`, from the flat index `first` on, whose magnitude is kept.
@@ -67,7 +76,7 @@ impl Cut {
 pub(super) struct Keyed<'a, F> {
     /// The tensors.
     pub inputs: &'a [&'a WeightRef],
-    /// Pushes one key for each number of a block.
+    /// Pushes one key for each number of blocks that begin at a flat index.
     pub keys: F,
     /// Whether the lower halves of all keys are zero, as those of bf16 numbers are: then they are not counted.
     pub short: bool,
@@ -82,7 +91,7 @@ struct Ranked {
     equal: Vec<u64>,
 }
 
-impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
+impl<F: Fn(usize, &[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
     /// Visits all keys of the segments that are wanted, with a state for each segment.
     fn visit<T: Send>(
         &self,
@@ -96,7 +105,7 @@ impl<F: Fn(&[Vec<f32>], &mut Vec<u32>) + Sync> Keyed<'_, F> {
             |i| (start(i), Vec::new()),
             |(state, keys), first, blocks| {
                 keys.clear();
-                (self.keys)(blocks, keys);
+                (self.keys)(first, blocks, keys);
                 keys.iter().enumerate().for_each(|(i, key)| see(state, first + i, *key));
             },
         )?;
@@ -232,7 +241,7 @@ mod tests {
         let values: Vec<f32> =
             (0..n).map(|i| ((i * 7919) % 52_361) as f32 * 0.01 - 300.0).collect();
         let weight = weight(&values, 1024);
-        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+        let keys = |_: usize, blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             out.extend(blocks[0].iter().map(|v| ordered(*v)));
         };
         let keyed = Keyed { inputs: &[&weight], keys, short: false };
@@ -257,7 +266,7 @@ mod tests {
         let mut values: Vec<f32> = (0..n).map(|i| ((i * 7919) % 523) as f32 - 261.0).collect();
         elementwise::round(&mut values, Dtype::BF16);
         let weight = weight(&values, 1024);
-        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+        let keys = |_: usize, blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             out.extend(blocks[0].iter().map(|v| magnitude(*v)));
         };
         let wanted = [1, 3, 1000, 600_001, n as u64 - 1];
@@ -273,7 +282,7 @@ mod tests {
     fn exactly_k_are_kept_and_of_equals_the_first() {
         let values = [1.0, -3.0, 3.0, 0.5, -3.0, 2.0];
         let weight = weight(&values, 6);
-        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+        let keys = |_: usize, blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             out.extend(blocks[0].iter().map(|v| magnitude(*v)));
         };
         let cuts =

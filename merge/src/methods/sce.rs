@@ -1,11 +1,11 @@
 //! `sce`: select, calculate, erase.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
+use moe_merge_kernels::elementwise;
 
-use super::gram::subtract;
-use super::order::{Cut, Keyed, magnitude};
+use super::order::{Cut, Keyed};
 use super::scan::Block;
 use super::{Base, Combine, Group, Method, Once, Scope, flag, number, read, round, scan};
 
@@ -52,58 +52,80 @@ fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
     Ok(Box::new(Sce { base, others, select_topk, dtype, facts: Once::default() }))
 }
 
-/// Variance of the `i`-th numbers, over the models.
-fn variance(differences: &[Vec<f32>], i: usize) -> f32 {
-    let n = differences.len() as f32;
-    let mean = differences.iter().map(|d| d[i]).sum::<f32>() / n;
-    differences.iter().map(|d| (d[i] - mean).powi(2)).sum::<f32>() / n
-}
-
 impl Sce {
     /// Differences to the base, from blocks of the models and then the base.
-    fn differences(&self, blocks: &[Vec<f32>]) -> Vec<Vec<f32>> {
-        let base = &blocks[self.others.len()];
-        let mut differences = vec![Vec::new(); self.others.len()];
-        differences.iter_mut().zip(blocks).for_each(|(d, w)| subtract(w, base, self.dtype, d));
+    fn differences(&self, blocks: &[impl Deref<Target = [f32]>]) -> Vec<Block> {
+        let (others, base) = blocks.split_at(self.others.len());
+        let difference = |w: &_| {
+            let mut d = Block::new(base[0].len());
+            elementwise::subtract(w, &base[0], &mut d);
+            elementwise::round(&mut d, self.dtype);
+            d
+        };
+        others.iter().map(|w| difference(&**w)).collect()
+    }
+
+    /// Variance of each number over the models.
+    fn variances(&self, differences: &[Block], count: usize) -> Block {
+        let n = differences.len() as f32;
+        let mut mean = Block::zeros(count);
+        differences.iter().for_each(|d| elementwise::add(&mut mean, d));
+        elementwise::divide(&mut mean, n);
+        let mut variance = Block::zeros(count);
+        differences
+            .iter()
+            .for_each(|d| elementwise::add_squared_difference(&mut variance, d, &mean));
+        elementwise::divide(&mut variance, n);
+        elementwise::round(&mut variance, self.dtype);
+        variance
+    }
+
+    /// The differences with zeros at the places that are not kept.
+    fn selected(
+        &self,
+        cut: Option<Cut>,
+        blocks: &[impl Deref<Target = [f32]>],
+        first: usize,
+    ) -> Vec<Block> {
+        let mut differences = self.differences(blocks);
+        if let Some(cut) = cut {
+            let variance = self.variances(&differences, blocks[0].len());
+            differences.iter_mut().for_each(|d| cut.keep_where(&variance, d, first));
+        }
         differences
     }
 
     fn find(&self, inputs: &[WeightRef]) -> Result<Facts, CheckpointError> {
         let tensors = self.others.iter().chain([&self.base]).map(|&m| &inputs[m]);
         let tensors: Vec<&WeightRef> = tensors.collect();
-        let variances = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
-            let d = self.differences(blocks);
-            out.extend((0..blocks[0].len()).map(|i| magnitude(round(variance(&d, i), self.dtype))));
+        let variances = |_: usize, blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+            let variance = self.variances(&self.differences(blocks), blocks[0].len());
+            out.resize(variance.len(), 0);
+            elementwise::magnitudes(&variance, out);
         };
         let cut = match self.select_topk {
             k if k >= 1.0 => None,
             k if k <= 0.0 || self.others.is_empty() => Some(Cut::NONE),
             k => {
                 let start = |_| (0u64, Vec::new());
-                let parts = scan(&tensors, start, |(count, keys), _, blocks| {
-                    keys.clear();
-                    variances(blocks, keys);
+                let parts = scan(&tensors, start, |(count, keys), first, blocks| {
+                    variances(first, blocks, keys);
                     *count += keys.iter().filter(|k| **k != 0).count() as u64;
                 })?;
                 let varying: u64 = parts.iter().map(|p| p.0).sum();
                 // The reference takes this product in f32.
                 let keep = (varying as f32 * k as f32) as u64;
-                Keyed { inputs: &tensors, keys: variances, short: false }
-                    .cuts(&[keep])?
-                    .first()
-                    .copied()
+                let short = self.dtype == Dtype::BF16;
+                let keyed = Keyed { inputs: &tensors, keys: variances, short };
+                keyed.cuts(&[keep])?.first().copied()
             }
         };
         let squares = scan(
             &tensors,
             |_| vec![0f64; self.others.len()],
             |sums, first, blocks| {
-                let d = self.differences(blocks);
-                for i in 0..blocks[0].len() {
-                    if self.kept(cut, &d, i, first + i) {
-                        sums.iter_mut().zip(&d).for_each(|(s, d)| *s += f64::from(d[i]).powi(2));
-                    }
-                }
+                let differences = self.selected(cut, blocks, first);
+                sums.iter_mut().zip(&differences).for_each(|(s, d)| elementwise::add_dot(d, d, s));
             },
         )?;
         let n = inputs[self.base].len().max(1) as f64;
@@ -114,11 +136,6 @@ impl Sce {
         let weight = |m: &f64| (if total < 1e-6 { alike } else { m / total }) as f32;
         let weights = means.iter().map(|m| round(weight(m), self.dtype)).collect();
         Ok(Facts { cut, weights })
-    }
-
-    fn kept(&self, cut: Option<Cut>, differences: &[Vec<f32>], i: usize, index: usize) -> bool {
-        let key = || magnitude(round(variance(differences, i), self.dtype));
-        cut.is_none_or(|cut| cut.keeps(key(), index))
     }
 }
 
@@ -134,29 +151,29 @@ impl Combine for Sce {
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
         let facts = self.facts.get(|| self.find(inputs))?;
+        let (dtype, count) = (self.dtype, out.len());
         let first = rows.start * inputs[self.base].cols();
         let order = self.others.iter().chain([&self.base]);
-        let block = |&m: &usize| read(&inputs[m], rows.clone()).map(Block::into_vec);
-        let blocks: Result<Vec<_>, _> = order.map(block).collect();
-        let mut blocks = blocks?;
-        let differences = self.differences(&blocks);
-        out.copy_from_slice(&blocks.pop().unwrap_or_default());
-        for (i, o) in out.iter_mut().enumerate() {
-            if !self.kept(facts.cut, &differences, i, first + i) {
-                continue;
-            }
-            let sum: f32 = differences.iter().map(|d| d[i]).sum();
-            let positive = round(sum, self.dtype) >= 0.0;
-            let (mut sum, mut divisor) = (0f32, 0f32);
-            for (d, weight) in differences.iter().zip(&facts.weights) {
-                if d[i] != 0.0 && (d[i] > 0.0) == positive {
-                    sum += round(d[i] * weight, self.dtype);
-                    divisor += weight;
-                }
-            }
-            let divisor = round(divisor, self.dtype).max(1e-6);
-            *o = round(*o + round(round(sum, self.dtype) / divisor, self.dtype), self.dtype);
+        let blocks: Result<Vec<_>, _> = order.map(|&m| read(&inputs[m], rows.clone())).collect();
+        let blocks = blocks?;
+        let mut differences = self.selected(facts.cut, &blocks, first);
+        out.copy_from_slice(&blocks[self.others.len()]);
+        let mut all = Block::zeros(count);
+        differences.iter().for_each(|d| elementwise::add(&mut all, d));
+        elementwise::round(&mut all, dtype);
+        let (mut sum, mut divisors) = (Block::zeros(count), Block::zeros(count));
+        for (d, weight) in differences.iter_mut().zip(&facts.weights) {
+            elementwise::scale(d, *weight);
+            elementwise::round(d, dtype);
+            elementwise::add_agreeing(d, *weight, &all, &mut sum, &mut divisors);
         }
+        elementwise::round(&mut sum, dtype);
+        elementwise::round(&mut divisors, dtype);
+        divisors.iter_mut().for_each(|d| *d = d.max(1e-6));
+        elementwise::divide_each(&mut sum, &divisors);
+        elementwise::round(&mut sum, dtype);
+        elementwise::add(out, &sum);
+        elementwise::round(out, dtype);
         Ok(())
     }
 }

@@ -99,7 +99,7 @@ impl Wanted {
         base: &WeightRef,
         dtype: Dtype,
     ) -> Result<Keep, CheckpointError> {
-        let keys = |blocks: &[Vec<f32>], out: &mut Vec<u32>| {
+        let keys = |_: usize, blocks: &[Vec<f32>], out: &mut Vec<u32>| {
             let mut differences = Vec::new();
             subtract(&blocks[0], &blocks[1], dtype, &mut differences);
             out.resize(differences.len(), 0);
@@ -190,10 +190,9 @@ impl Sparse {
                 }
             }
             Keep::ByRank { key, density, epsilon } => {
-                let mut rng = stream(*key, first);
-                for row in values.chunks_mut(cols.max(1)) {
-                    by_rank(row, *density, *epsilon, &mut rng);
-                }
+                let (mut rng, cols) = (stream(*key, first), cols.max(1));
+                let mut by_rank = ByRank::new(cols, *density, *epsilon);
+                values.chunks_mut(cols).for_each(|row| by_rank.mask(row, &mut rng));
             }
         }
     }
@@ -206,22 +205,63 @@ fn stream(key: [u8; 32], first: usize) -> ChaCha8Rng {
     rng
 }
 
-/// Keeps each number with the chance `density - epsilon + 2 epsilon rank/(n-1)`, `rank` by magnitude from 0.
-fn by_rank(row: &mut [f32], density: f64, epsilon: f64, rng: &mut ChaCha8Rng) {
-    // Magnitude above, place below: one number to compare.
-    let key = |(i, v): (usize, &f32)| u64::from(magnitude(*v)) << 32 | i as u64;
-    let mut order: Vec<u64> = row.iter().enumerate().map(key).collect();
-    order.sort_unstable();
-    let last = row.len() - 1;
-    let mut below = vec![0u64; row.len()];
-    for (rank, key) in order.iter().enumerate() {
-        let place = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
-        below[*key as u32 as usize] = threshold(density - epsilon + 2.0 * epsilon * place);
+/// Keeps each number of a row with a chance that rises with its rank.
+struct ByRank {
+    /// Words of the random stream below which a number is kept, by rank.
+    below: Vec<u64>,
+    /// Magnitudes and places of a row, in order, and room to sort them.
+    order: Vec<u64>,
+    room: Vec<u64>,
+    words: Vec<u64>,
+}
+
+impl ByRank {
+    /// With the chance `density - epsilon + 2 epsilon rank/(cols-1)`, `rank` by magnitude from 0.
+    fn new(cols: usize, density: f64, epsilon: f64) -> Self {
+        let last = cols.saturating_sub(1);
+        let place = |rank: usize| if last == 0 { 0.5 } else { rank as f64 / last as f64 };
+        let chance = |rank| threshold(density - epsilon + 2.0 * epsilon * place(rank));
+        let below = (0..cols).map(chance).collect();
+        Self { below, order: Vec::new(), room: vec![0; cols], words: vec![0; cols] }
     }
-    for (v, below) in row.iter_mut().zip(below) {
-        if u64::from(rng.next_u32()) >= below {
-            *v = 0.0;
+
+    fn mask(&mut self, row: &mut [f32], rng: &mut ChaCha8Rng) {
+        // Magnitude above, place below: sorted by the former, equal ones stay in place.
+        let key = |(i, v): (usize, &f32)| u64::from(magnitude(*v)) << 32 | i as u64;
+        self.order.clear();
+        self.order.extend(row.iter().enumerate().map(key));
+        sort_upper(&mut self.order, &mut self.room);
+        self.words.iter_mut().for_each(|word| *word = u64::from(rng.next_u32()));
+        for (key, below) in self.order.iter().zip(&self.below) {
+            let place = *key as u32 as usize;
+            if self.words[place] >= *below {
+                row[place] = 0.0;
+            }
         }
+    }
+}
+
+/// Sorts by the upper halves, byte by byte; what is equal there stays in order. `room` is as long as `keys`.
+fn sort_upper(keys: &mut Vec<u64>, room: &mut Vec<u64>) {
+    let mut counts = [[0u32; 256]; 4];
+    for key in keys.iter() {
+        (0..4).for_each(|byte| counts[byte][(key >> (32 + 8 * byte)) as usize & 0xff] += 1);
+    }
+    for (byte, counts) in counts.iter_mut().enumerate() {
+        // Where all have the same byte, as the lower ones of bf16 numbers, there is nothing to sort.
+        if counts.iter().any(|c| *c as usize == keys.len()) {
+            continue;
+        }
+        let mut start = 0;
+        for count in counts.iter_mut() {
+            start += std::mem::replace(count, start);
+        }
+        for key in keys.iter() {
+            let place = &mut counts[(key >> (32 + 8 * byte)) as usize & 0xff];
+            room[*place as usize] = *key;
+            *place += 1;
+        }
+        std::mem::swap(keys, room);
     }
 }
 
@@ -240,5 +280,18 @@ mod tests {
             let expected = if u64::from(rng.next_u32()) < below { (i + 1) as f32 } else { 0.0 };
             assert_eq!(*v, expected, "number {i}");
         }
+    }
+
+    #[test]
+    fn upper_halves_are_sorted_and_equal_ones_keep_their_order() {
+        for mask in [u32::MAX, 0xffff_0000, 0x3f, 0] {
+            let key = |i: u64| (u64::from((i * 2_654_435_761) as u32 & mask) << 32) | i;
+            let mut keys: Vec<u64> = (0..1003).map(key).collect();
+            let mut expected = keys.clone();
+            expected.sort_unstable();
+            sort_upper(&mut keys, &mut vec![0; 1003]);
+            assert_eq!(keys, expected);
+        }
+        sort_upper(&mut Vec::new(), &mut Vec::new());
     }
 }
