@@ -166,6 +166,15 @@ each_set! {
 }
 
 each_set! {
+    /// Zeroes the numbers whose word is not below the threshold in the same place.
+    pub fn zero_by_chances(values: &mut [f32], words: &[u32], thresholds: &[u32]) {
+        for ((v, word), threshold) in values.iter_mut().zip(words).zip(thresholds) {
+            *v = if word < threshold { *v } else { 0.0 };
+        }
+    }
+}
+
+each_set! {
     /// Bits of the magnitudes, which are ordered as the magnitudes are.
     pub fn magnitudes(values: &[f32], out: &mut [u32]) {
         for (o, v) in out.iter_mut().zip(values) {

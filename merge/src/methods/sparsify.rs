@@ -180,13 +180,11 @@ impl Sparse {
             }
             Keep::Random { key, density } => {
                 let (mut rng, below) = (stream(*key, first), threshold(*density));
-                let (mut bytes, mut words) = ([0; 1024], [0u32; 256]);
-                for values in values.chunks_mut(words.len()) {
-                    let count = values.len();
-                    rng.fill_bytes(&mut bytes[..4 * count]);
-                    let (found, _) = bytes[..4 * count].as_chunks();
-                    words.iter_mut().zip(found).for_each(|(w, b)| *w = u32::from_le_bytes(*b));
-                    elementwise::zero_by_chance(values, &words[..count], below);
+                let mut words = [0; WORDS];
+                for values in values.chunks_mut(WORDS) {
+                    let words = &mut words[..values.len()];
+                    draw(&mut rng, words);
+                    elementwise::zero_by_chance(values, words, below);
                 }
             }
             Keep::ByRank { key, density, epsilon } => {
@@ -205,14 +203,30 @@ fn stream(key: [u8; 32], first: usize) -> ChaCha8Rng {
     rng
 }
 
+/// Random words drawn at a time.
+const WORDS: usize = 256;
+
+/// The next words of the stream.
+fn draw(rng: &mut ChaCha8Rng, words: &mut [u32]) {
+    let mut bytes = [0; 4 * WORDS];
+    for words in words.chunks_mut(WORDS) {
+        let bytes = &mut bytes[..4 * words.len()];
+        rng.fill_bytes(bytes);
+        let (found, _) = bytes.as_chunks();
+        words.iter_mut().zip(found).for_each(|(w, b)| *w = u32::from_le_bytes(*b));
+    }
+}
+
 /// Keeps each number of a row with a chance that rises with its rank.
 struct ByRank {
     /// Words of the random stream below which a number is kept, by rank.
-    below: Vec<u64>,
+    below: Vec<u32>,
     /// Magnitudes and places of a row, in order, and room to sort them.
     order: Vec<u64>,
     room: Vec<u64>,
-    words: Vec<u64>,
+    /// The same words by place.
+    thresholds: Vec<u32>,
+    words: Vec<u32>,
 }
 
 impl ByRank {
@@ -220,9 +234,11 @@ impl ByRank {
     fn new(cols: usize, density: f64, epsilon: f64) -> Self {
         let last = cols.saturating_sub(1);
         let place = |rank: usize| if last == 0 { 0.5 } else { rank as f64 / last as f64 };
-        let chance = |rank| threshold(density - epsilon + 2.0 * epsilon * place(rank));
+        // A chance is below 1: the threshold fits.
+        let chance = |rank| threshold(density - epsilon + 2.0 * epsilon * place(rank)) as u32;
         let below = (0..cols).map(chance).collect();
-        Self { below, order: Vec::new(), room: vec![0; cols], words: vec![0; cols] }
+        let (order, room) = (Vec::new(), vec![0; cols]);
+        Self { below, order, room, thresholds: vec![0; cols], words: vec![0; cols] }
     }
 
     fn mask(&mut self, row: &mut [f32], rng: &mut ChaCha8Rng) {
@@ -231,33 +247,34 @@ impl ByRank {
         self.order.clear();
         self.order.extend(row.iter().enumerate().map(key));
         sort_upper(&mut self.order, &mut self.room);
-        self.words.iter_mut().for_each(|word| *word = u64::from(rng.next_u32()));
+        draw(rng, &mut self.words);
         for (key, below) in self.order.iter().zip(&self.below) {
-            let place = *key as u32 as usize;
-            if self.words[place] >= *below {
-                row[place] = 0.0;
-            }
+            self.thresholds[*key as u32 as usize] = *below;
         }
+        elementwise::zero_by_chances(row, &self.words, &self.thresholds);
     }
 }
 
 /// Sorts by the upper halves, byte by byte; what is equal there stays in order. `room` is as long as `keys`.
 fn sort_upper(keys: &mut Vec<u64>, room: &mut Vec<u64>) {
-    let mut counts = [[0u32; 256]; 4];
-    for key in keys.iter() {
-        (0..4).for_each(|byte| counts[byte][(key >> (32 + 8 * byte)) as usize & 0xff] += 1);
-    }
-    for (byte, counts) in counts.iter_mut().enumerate() {
-        // Where all have the same byte, as the lower ones of bf16 numbers, there is nothing to sort.
-        if counts.iter().any(|c| *c as usize == keys.len()) {
-            continue;
+    let first = keys.first().copied().unwrap_or_default();
+    let differing = keys.iter().fold(0, |all, key| all | key ^ first);
+    // Where all have the same byte, as the lower ones of bf16 numbers, there is nothing to sort.
+    for shift in (32..64).step_by(8).filter(|shift| differing >> shift & 0xff != 0) {
+        let byte = |key: &u64| (key >> shift) as usize & 0xff;
+        // Equal neighbours would wait for each other's counter.
+        let mut counts = [[0u32; 256]; 2];
+        for pair in keys.chunks(2) {
+            pair.iter().zip(&mut counts).for_each(|(key, counts)| counts[byte(key)] += 1);
         }
+        let [mut counts, others] = counts;
+        counts.iter_mut().zip(others).for_each(|(count, other)| *count += other);
         let mut start = 0;
-        for count in counts.iter_mut() {
+        for count in &mut counts {
             start += std::mem::replace(count, start);
         }
         for key in keys.iter() {
-            let place = &mut counts[(key >> (32 + 8 * byte)) as usize & 0xff];
+            let place = &mut counts[byte(key)];
             room[*place as usize] = *key;
             *place += 1;
         }
