@@ -38,6 +38,30 @@ fn tensors(path: &Path, all: &[(&str, &[f32])]) {
 }
 
 #[test]
+fn an_arc_between_nearly_opposite_directions_is_told() {
+    let temp = tempfile::tempdir().unwrap();
+    let at = |name: &str| temp.path().join(name);
+    tensors(&at("a.safetensors"), &[("x", &[1.0, 2.0]), ("y", &[1.0, 2.0]), ("z", &[3.0, 1.0])]);
+    tensors(
+        &at("b.safetensors"),
+        &[("x", &[-1.0, -2.01]), ("y", &[-1.0, 2.0]), ("z", &[-3.0, -1.0])],
+    );
+    let recipe = text(&at("recipe.yaml"));
+    let models = "models:\n- {model: a.safetensors, parameters: {weight: 1}}\n\
+                  - {model: b.safetensors, parameters: {weight: 1}}\n";
+    std::fs::write(&recipe, format!("merge_method: nuslerp\n{models}")).unwrap();
+    let report = ok(&["merge-tensors", &recipe, "--out", &text(&at("out.safetensors"))]);
+    let told = report["warnings"].as_array().unwrap();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0]
+            .as_str()
+            .unwrap()
+            .starts_with("2 tensors, `x` first: nuslerp between nearly opposite")
+    );
+}
+
+#[test]
 fn files_of_tensors() {
     let temp = tempfile::tempdir().unwrap();
     let at = |name: &str| temp.path().join(name);

@@ -56,6 +56,11 @@ pub trait Weight: Debug + Send + Sync {
 
     /// Tells that it will not be read again soon, so that its pages may leave memory.
     fn release(&self) {}
+
+    /// What a person should know about its numbers, which was not known before they were computed.
+    fn remark(&self) -> Option<String> {
+        None
+    }
 }
 
 impl dyn Weight + '_ {
@@ -307,6 +312,10 @@ impl Weight for RowSlice {
     fn release(&self) {
         self.inner.release();
     }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
+    }
 }
 
 /// Another weight that is to be stored in a dtype of its own; its numbers are rounded once, when they are written.
@@ -359,6 +368,10 @@ impl Weight for Retyped {
 
     fn release(&self) {
         self.inner.release();
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
     }
 }
 
@@ -420,6 +433,10 @@ impl Weight for PermutedRows {
 
     fn release(&self) {
         self.inner.release();
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
     }
 }
 
@@ -483,5 +500,9 @@ impl Weight for Stacked {
 
     fn release(&self) {
         self.parts.iter().for_each(|p| p.release());
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.parts.iter().find_map(|p| p.remark())
     }
 }

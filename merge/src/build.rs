@@ -18,7 +18,7 @@ use crate::families::{self, Layout, Request, SharedGate};
 use crate::gates::{self, GateRequest, Routers, TokenPrompts};
 use crate::lessons::room;
 use crate::origins::Origins;
-use crate::plan::{Assembly, ExpertInput, Plan};
+use crate::plan::{Assembly, Content, ExpertInput, Plan};
 use crate::prompts::{Prompts, Tokenizers, check_tokenizers};
 use crate::recipe::{
     Align, Architecture, Attention, Choice, DenseRecipe, Expert, MoeRecipe, RecipeErrors,
@@ -26,7 +26,7 @@ use crate::recipe::{
 };
 use crate::self_text::{DEFAULT_TOKENS, Writing};
 use crate::sources;
-use crate::write::{Provenance, write};
+use crate::write::{Provenance, remarks, write};
 
 mod aligned;
 mod dense;
@@ -437,6 +437,11 @@ impl Prepared {
 
         let mut warnings = std::mem::take(&mut self.plan.warnings);
         warnings.extend(taken_up);
+        let computed = self.plan.tensors.iter().filter_map(|t| match &t.content {
+            Content::Weight(weight) => Some((&*t.name, weight)),
+            _ => None,
+        });
+        warnings.extend(remarks(computed));
         warnings.extend(std::mem::take(&mut self.notes));
         warnings.extend(routers.notes);
         warnings.extend(degenerate_line(&routers.degenerate));

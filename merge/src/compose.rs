@@ -79,6 +79,10 @@ impl Weight for PermutedColumns {
     fn release(&self) {
         self.inner.release();
     }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
+    }
 }
 
 /// Normal numbers, one for each place in a tensor.
@@ -158,6 +162,10 @@ impl Weight for Adjusted {
     fn release(&self) {
         self.inner.release();
     }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
+    }
 }
 
 /// Matrices of equal height side by side: the down projections of several shared experts as one.
@@ -218,6 +226,10 @@ impl Weight for SideBySide {
     fn release(&self) {
         self.parts.iter().for_each(|p| p.release());
     }
+
+    fn remark(&self) -> Option<String> {
+        self.parts.iter().find_map(|p| p.remark())
+    }
 }
 
 /// `weight` as it will be read back once it was written in `dtype`.
@@ -264,6 +276,10 @@ impl Weight for Rounded {
 
     fn release(&self) {
         self.inner.release();
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
     }
 }
 

@@ -55,4 +55,4 @@ pub use experts::{ExpertMatch, LayerMatch};
 pub use plan::{Assembly, ExpertInput, Gates, Plan};
 pub use self_text::expert_texts;
 pub use sources::open;
-pub use write::{Provenance, Written, write, write_dense};
+pub use write::{Provenance, Written, remarks, write, write_dense};

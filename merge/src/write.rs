@@ -147,6 +147,21 @@ pub fn write_dense(
     finish(staging, source, config, title, provenance, manifest, files)
 }
 
+/// What tensors that were computed tell about their numbers: each remark once, with the first tensor it is about.
+pub fn remarks<'a>(tensors: impl Iterator<Item = (&'a str, &'a WeightRef)>) -> Vec<String> {
+    let mut found: BTreeMap<String, (usize, &str)> = BTreeMap::new();
+    for (name, weight) in tensors {
+        if let Some(remark) = weight.remark() {
+            found.entry(remark).or_insert((0, name)).0 += 1;
+        }
+    }
+    let line = |(remark, (count, first)): (String, (usize, &str))| match count {
+        1 => format!("`{first}`: {remark}"),
+        _ => format!("{count} tensors, `{first}` first: {remark}"),
+    };
+    found.into_iter().map(line).collect()
+}
+
 /// As the usual tools cut and name them.
 fn numbered(tensors: Vec<OutTensor>, limit: u64) -> Vec<ShardPlan> {
     let parts = split(tensors, limit);

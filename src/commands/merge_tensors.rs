@@ -3,7 +3,7 @@
 use moe_merge_checkpoint::Replace;
 use moe_merge_checkpoint::write::Watch;
 use moe_merge_merge::recipe::{self, Recipe};
-use moe_merge_merge::{MergeError, Missing, raw, write_tensors};
+use moe_merge_merge::{MergeError, Missing, raw, remarks, write_tensors};
 use serde_json::json;
 
 use super::build::notes;
@@ -39,12 +39,14 @@ pub fn run(args: &MergeTensorsArgs, common: &Common) -> Result<Outcome, Failure>
     let watch = Watch { interrupt: exit::interrupt(), progress: &|n| progress.advance(n) };
     let written = write_tensors(&source, &args.out, replace, watch)?;
     drop(progress);
-    notes(&source.notes, common);
+    let mut told = source.notes.clone();
+    told.extend(remarks(source.tensors.iter().map(|(name, w)| (&**name, w))));
+    notes(&told, common);
     let (path, tensors) = (args.out.display().to_string(), source.tensors.len());
     match common.json {
         true => render::json(&json!({
             "version": 1, "output": path, "method": recipe.method.name, "tensors": tensors,
-            "bytes": written, "warnings": source.notes,
+            "bytes": written, "warnings": told,
         }))?,
         false => render::out(&format!(
             "{path}  {} of {} tensors; {}\n",

@@ -13,7 +13,7 @@ use crate::dense::{Fitting, Opened, TextReport, Watched, open_dense};
 use crate::error::MergeError;
 use crate::experts::ExpertMatch;
 use crate::recipe::{DenseRecipe, MatchExperts};
-use crate::write::{Provenance, write_dense};
+use crate::write::{Provenance, remarks, write_dense};
 
 /// What a dense build did.
 #[derive(Debug, Clone, Serialize)]
@@ -120,7 +120,11 @@ impl PreparedDense {
             matched_experts: self.matched_experts,
             texts,
             seconds: clock.elapsed().as_secs_f64(),
-            warnings: taken_up.into_iter().chain(self.source.notes.clone()).collect(),
+            warnings: {
+                let tensors = self.source.tensors.iter().map(|(name, w)| (&**name, w));
+                let told = remarks(tensors).into_iter().chain(self.source.notes.clone());
+                taken_up.into_iter().chain(told).collect()
+            },
         })
     }
 }

@@ -1,6 +1,7 @@
 //! `nuslerp`: along the arc between two tensors, or two differences to a base, by weight.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 
@@ -42,6 +43,8 @@ struct NuSlerp {
     sum: Weighted,
     /// Coefficients of both points for each column, where angles run along the first axis.
     columns: Once<Vec<[f32; 2]>>,
+    /// Whether two vectors pointed in nearly opposite directions.
+    opposite: AtomicBool,
 }
 
 /// What one angle is taken over.
@@ -66,20 +69,42 @@ fn build(group: &Group) -> Result<Box<dyn Combine>, String> {
         (false, true) => Along::Columns(shape[0]),
     };
     let sum = Weighted::new(group, group.base);
-    Ok(Box::new(NuSlerp { t, along, sum, columns: Once::default() }))
+    Ok(Box::new(NuSlerp {
+        t,
+        along,
+        sum,
+        columns: Once::default(),
+        opposite: AtomicBool::new(false),
+    }))
 }
 
-/// Coefficients for the sums `[x0 x0, x1 x1, x0 x1]`.
-fn coefficients(t: f64, [aa, bb, ab]: [f64; 3]) -> [f64; 2] {
+/// Cosines below this are told: next to -1 the coefficients grow beyond bounds.
+const OPPOSITE: f64 = -0.9995;
+
+/// Cosine of the angle for the sums `[x0 x0, x1 x1, x0 x1]`.
+fn cosine([aa, bb, ab]: [f64; 3]) -> f64 {
     let norm = |square: f64| square.sqrt().max(LEAST_NORM);
-    let cosine = (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0);
+    (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0)
+}
+
+/// Coefficients for the cosine.
+fn coefficients(t: f64, cosine: f64) -> [f64; 2] {
     if (cosine as f32).abs() == 1.0 { [1.0 - t, t] } else { arc(t, cosine) }
 }
 
 impl NuSlerp {
+    /// Coefficients for the sums `[x0 x0, x1 x1, x0 x1]`.
+    fn coefficients(&self, sums: [f64; 3]) -> [f64; 2] {
+        let cosine = cosine(sums);
+        if cosine < OPPOSITE {
+            self.opposite.store(true, Ordering::Relaxed);
+        }
+        coefficients(self.t, cosine)
+    }
+
     fn whole(&self, inputs: &[WeightRef]) -> Result<&[f32], CheckpointError> {
         self.sum.coefficients(inputs, |g| {
-            Ok(coefficients(self.t, [g.dot(0, 0), g.dot(1, 1), g.dot(0, 1)]).to_vec())
+            Ok(self.coefficients([g.dot(0, 0), g.dot(1, 1), g.dot(0, 1)]).to_vec())
         })
     }
 
@@ -105,7 +130,7 @@ impl NuSlerp {
                 let add = |s: [f64; 3], p: &Vec<[f64; 3]>| {
                     [s[0] + p[c][0], s[1] + p[c][1], s[2] + p[c][2]]
                 };
-                coefficients(self.t, parts.iter().fold([0.0; 3], add)).map(|v| v as f32)
+                self.coefficients(parts.iter().fold([0.0; 3], add)).map(|v| v as f32)
             };
             Ok((0..width).map(column).collect())
         })?;
@@ -145,6 +170,11 @@ impl NuSlerp {
 }
 
 impl Combine for NuSlerp {
+    fn remark(&self) -> Option<String> {
+        let told = "nuslerp between nearly opposite directions (cosine below -0.9995): numbers may be very large";
+        self.opposite.load(Ordering::Relaxed).then(|| told.to_owned())
+    }
+
     fn prepare(&self, inputs: &[WeightRef]) -> Result<(), CheckpointError> {
         match self.along {
             Along::Whole => self.whole(inputs).map(|_| ()),
@@ -163,7 +193,7 @@ impl Combine for NuSlerp {
             Along::Whole => self.sum.rows(self.whole(inputs)?, inputs, rows, out),
             Along::Rows => self.rows_with(inputs, rows, out, |_, _, points| {
                 let g = Gram::of_vectors(points);
-                coefficients(self.t, [g.dot(0, 0), g.dot(1, 1), g.dot(0, 1)]).map(|v| v as f32)
+                self.coefficients([g.dot(0, 0), g.dot(1, 1), g.dot(0, 1)]).map(|v| v as f32)
             }),
             Along::Columns(height) => {
                 let columns = self.columns(inputs, height)?;
@@ -179,10 +209,11 @@ mod tests {
 
     #[test]
     fn exactly_parallel_or_opposite_is_straight() {
-        assert_eq!(coefficients(0.25, [4.0, 1.0, 2.0]), [0.75, 0.25]);
-        assert_eq!(coefficients(0.25, [4.0, 1.0, -2.0]), [0.75, 0.25]);
-        let [a, b] = coefficients(0.5, [1.0, 1.0, 0.0]);
+        let of = |t, sums| coefficients(t, cosine(sums));
+        assert_eq!(of(0.25, [4.0, 1.0, 2.0]), [0.75, 0.25]);
+        assert_eq!(of(0.25, [4.0, 1.0, -2.0]), [0.75, 0.25]);
+        let [a, b] = of(0.5, [1.0, 1.0, 0.0]);
         assert!((a - b).abs() < 1e-12 && (a - 0.5f64.sqrt()).abs() < 1e-12);
-        assert!(coefficients(0.5, [0.0, 0.0, 0.0]).iter().all(|c| c.is_finite()));
+        assert!(of(0.5, [0.0, 0.0, 0.0]).iter().all(|c| c.is_finite()));
     }
 }

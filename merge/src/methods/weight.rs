@@ -62,6 +62,11 @@ pub trait Combine: Debug + Send + Sync {
     /// Forgets what was found, if it takes memory that counts.
     fn release(&self) {}
 
+    /// What a person should know about the result, once it is computed.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
     /// Writes `rows` of the result to `out`, in the dtype of the arithmetic.
     fn rows(
         &self,
@@ -150,6 +155,10 @@ impl Weight for Merged {
         self.combine.release();
         self.inputs.iter().for_each(|w| w.release());
     }
+
+    fn remark(&self) -> Option<String> {
+        self.combine.remark().or_else(|| self.inputs.iter().find_map(|w| w.remark()))
+    }
 }
 
 /// A weight rounded to the dtype of the arithmetic.
@@ -191,6 +200,10 @@ impl Weight for Cast {
 
     fn release(&self) {
         self.inner.release();
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.inner.remark()
     }
 }
 
