@@ -127,7 +127,7 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let mut child = std::process::Command::new(exe)
         .args(["finetune", &path, "--expert", "1", "--data", &data, "--out", &halves])
         .args(["--state", &state, "--steps", "8", "--window", "64", "--batch-tokens", "256"])
-        .args(["--evaluate-every", "2", "--quiet", "--dropout", "0.1"])
+        .args(["--evaluate-every", "2", "--quiet", "--dropout", "0.1", "--keep", "0"])
         .env("CUDA_VISIBLE_DEVICES", "")
         .spawn()
         .unwrap();

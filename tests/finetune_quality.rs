@@ -50,7 +50,7 @@ fn a_new_domain_is_learnt_nearly_as_by_a_full_training_and_others_stay() {
             "--hold-out",
             "0",
         ]);
-        args.extend(["--keep", "30", "--keep-text", "10000", "--eval-tokens", "2048", "--eval"]);
+        args.extend(["--eval-tokens", "2048", "--eval"]);
         args.extend(evaluation.iter().map(String::as_str));
         args.extend(extra);
         let run = cli::run(&args);

@@ -54,7 +54,7 @@ def peft(args) -> None:
 
 
 def ours(args, folder: str) -> dict:
-    command = [args.program, "finetune", args.moe, "--expert", args.expert, "--data", args.text, "--out", f"{folder}/out"]
+    command = [args.program, "finetune", args.moe, "--expert", args.expert, "--keep", "0", "--data", args.text, "--out", f"{folder}/out"]
     command += ["--rank", args.rank, "--steps", args.steps, "--window", args.sequence, "--hold-out", 0, "--eval-tokens", 2]
     command += ["--batch-tokens", args.batch * args.sequence, "--learning-rate", 1e-4, "--threads", args.threads, "--json"]
     measured = ["/usr/bin/time", "-f", "%M"] if os.path.exists("/usr/bin/time") else []

@@ -148,7 +148,7 @@ pub struct FinetuneArgs {
     /// Which tokens train the expert
     #[arg(long, value_enum, default_value_t = Route::Natural)]
     pub route: Route,
-    /// Train the expert's row of the router too, so that it draws the tokens of the data; `--keep` is 1 then
+    /// Train the expert's row of the router too, so that it draws the tokens of the data
     #[arg(long, conflicts_with = "out")]
     pub train_router: bool,
     /// Weight of the penalty on drawing tokens of other domains, on the prompts that the model was built with (or
@@ -203,7 +203,8 @@ pub struct FinetuneArgs {
     /// How activations and gradients enter products with 16-bit weights
     #[arg(long, value_enum, default_value_t = Accuracy::Fast)]
     pub accuracy: Accuracy,
-    /// Pull towards what the model said before, on the prompts that it was built with and on what its experts write
+    /// Pull towards what the model said before, on the prompts that it was built with and on what its experts write: holds
+    /// the other domains where they are; less of it learns more, 0 is fastest [default: 30 for an expert]
     #[arg(long, value_name = "WEIGHT")]
     pub keep: Option<f64>,
     /// Tokens that each expert writes for `--keep`

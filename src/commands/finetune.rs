@@ -72,7 +72,7 @@ fn options(args: &FinetuneArgs) -> FinetuneOptions {
         teacher: args.teacher.clone(),
         window: args.window,
         exec: args.accuracy.exec(),
-        keep: args.keep.unwrap_or(if args.train_router { 1.0 } else { 0.0 }),
+        keep: args.keep,
         keep_data: args.keep_data.clone(),
         keep_text: args.keep_text,
         router_penalty: args.router_penalty.unwrap_or(100.0),

@@ -33,10 +33,11 @@ pub fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     source.tensors.iter().map(|(n, w)| (n.clone(), bytes(w))).collect()
 }
 
-/// `finetune FOLDER --json ARGS`.
+/// `finetune FOLDER --json ARGS`, with nothing that holds other domains if `ARGS` does not say otherwise.
 pub fn finetune(folder: &Path, args: &[&str]) -> cli::Run {
     let path = folder.display().to_string();
-    cli::run(&[&["finetune", &path, "--json"], args].concat())
+    let free = if args.contains(&"--keep") { &[][..] } else { &["--keep", "0"] };
+    cli::run(&[&["finetune", &path, "--json"], args, free].concat())
 }
 
 /// What a run reported.

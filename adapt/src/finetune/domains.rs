@@ -50,14 +50,14 @@ pub struct DomainReport {
 const SUFFERED: f64 = 0.01;
 
 /// What to do about domains of other experts whose perplexity rose by more than 1 %, where there are any.
-pub fn suffered(domains: &[DomainReport], expert: &str, keep: f64) -> Option<String> {
+pub fn suffered(domains: &[DomainReport], expert: &str, held: f64) -> Option<String> {
     let rise = |d: &DomainReport| d.after / d.before - 1.0;
     let worse = domains.iter().filter(|d| d.name != expert && rise(d) > SUFFERED);
     let told: Vec<String> =
         worse.map(|d| format!("`{}` by {:.1} %", d.name, 100.0 * rise(d))).collect();
-    let what = match keep > 0.0 {
+    let what = match held > 0.0 {
         true => format!(
-            "a larger `--keep` than {keep}, more `--keep-text`, or text of theirs (`--keep-data FILE...`) holds them"
+            "a larger `--keep` than {held}, more `--keep-text`, or text of theirs (`--keep-data FILE...`) holds them"
         ),
         false => "`--keep 30` holds them".into(),
     };

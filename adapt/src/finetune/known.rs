@@ -9,26 +9,40 @@ use moe_merge_model::expert_training::{Drawn, Factors, Lesson, Part, Route, Trai
 use super::Finetune;
 use super::domains::{self, Domain, DomainReport};
 use super::error::FinetuneError;
+use super::options::KEEP;
 use super::train::Penalty;
 
 /// Tokens of each domain on which a model is to stay as it was.
 const KEPT: usize = 20_000;
 
 impl Finetune {
+    /// Weight of what holds the model to what it said before.
+    pub(super) fn keep(&self) -> f64 {
+        let default = if self.expert().is_some() { KEEP } else { 0.0 };
+        self.options.keep.unwrap_or(default)
+    }
+
     /// The model as it was, and text on which it is to stay so.
     pub(super) fn kept(
         &self,
         encoder: &Encoder<'_>,
         notes: &mut Vec<String>,
     ) -> Result<(Option<Trainee>, Vec<Vec<Lesson>>), FinetuneError> {
-        if self.options.keep == 0.0 {
+        let o = &self.options;
+        if self.keep() == 0.0 {
             return Ok((None, Vec::new()));
         }
-        let o = &self.options;
         let known = match o.keep_data.is_empty() {
             true => self.remembered(encoder)?,
             false => self.named(encoder)?,
         };
+        if known.is_empty() && o.keep.is_none() {
+            notes.push(
+                "nothing holds other domains where they are: no prompts in the model's folder, and no expert that can write some; `--keep-data FILE...` names text"
+                    .into(),
+            );
+            return Ok((None, Vec::new()));
+        }
         if known.is_empty() {
             return Err(FinetuneError::Option {
                 name: "--keep",

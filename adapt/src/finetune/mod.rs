@@ -206,8 +206,8 @@ impl Finetune {
         }
         let (model, batches) = self.kept(&encoder, &mut notes)?;
         let penalty = self.penalty(&encoder, &trainee, &state.factors)?;
-        let keep = self.options.keep;
-        let kept = model.as_ref().map(|model| Kept { model, batches, weight: keep });
+        let kept = model.as_ref().map(|model| Kept { model, batches, weight: self.keep() });
+        let held = if kept.is_some() { self.keep() } else { 0.0 };
         let mut run = Run {
             trainee: &trainee,
             goal: teacher.as_ref().map_or(Goal::NextToken, Goal::Teacher),
@@ -229,7 +229,7 @@ impl Finetune {
         watcher.stage("writing");
         let mut report = self.report(&run.state, stopped, &corpus);
         let expert = self.expert();
-        let suffered = expert.and_then(|name| domains::suffered(&domains, name, self.options.keep));
+        let suffered = expert.and_then(|name| domains::suffered(&domains, name, held));
         report.domains = domains;
         report.warnings.extend(notes);
         report.warnings.extend(suffered);
@@ -319,7 +319,7 @@ impl Finetune {
             "layers": [self.plan.layers.start, self.plan.layers.end],
             "route": self.options.route,
             "teacher": self.options.teacher,
-            "keep": self.options.keep,
+            "keep": self.keep(),
             "keep_data": self.options.keep_data,
             "keep_text": self.options.keep_text,
             "router_penalty": self.options.router_penalty,

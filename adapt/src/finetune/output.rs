@@ -119,7 +119,7 @@ impl Finetune {
             "parts": self.options.parts,
             "route": self.options.route,
             "teacher": self.options.teacher,
-            "keep": self.options.keep,
+            "keep": self.keep(),
             "router_penalty": self.options.router_penalty,
             "training": self.options.training,
             "steps": report.steps,
