@@ -204,6 +204,9 @@ impl Finetune {
         if state.factors.pairs.is_empty() {
             return Err(self.nothing_to_train());
         }
+        if self.keep() > 0.0 && self.options.keep_data.is_empty() && self.options.keep_text > 0 {
+            watcher.stage("experts write text");
+        }
         let (model, batches) = self.kept(&encoder, &mut notes)?;
         let penalty = self.penalty(&encoder, &trainee, &state.factors)?;
         let kept = model.as_ref().map(|model| Kept { model, batches, weight: self.keep() });
