@@ -1,6 +1,6 @@
 //! Folders that appear at their place complete or not at all.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{Error as IoError, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +10,9 @@ use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
 
 use crate::error::CheckpointError;
 use crate::resume::{Identity, Log};
+use stale::Stale;
+
+mod stale;
 
 /// A flag that a signal handler raises and every long loop asks.
 #[derive(Debug, Clone, Default)]
@@ -377,81 +380,6 @@ fn take_lock(path: &Path) -> Result<Option<File>, CheckpointError> {
     Ok(path.exists().then_some(file))
 }
 
-/// What killed runs left behind.
-struct Stale<'a> {
-    /// What is to be made.
-    identity: Option<&'a Identity>,
-    /// The first that makes the same: folder, lock file, lock, log.
-    found: Option<(PathBuf, PathBuf, File, Log)>,
-    /// Why one that had made something was of no use.
-    left: Option<String>,
-}
-
-impl Stale<'_> {
-    /// Removes hidden folders whose lock nobody holds, but for one that is taken up. An old output that a killed run had
-    /// put aside goes back.
-    fn settle(&mut self, target: &Path, prefix: &str) -> Result<(), CheckpointError> {
-        let parent = parent_of(target);
-        let entries = fs::read_dir(parent)
-            .map_err(|e| CheckpointError::io("reading the folder", parent, e))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !name.starts_with(prefix) {
-                continue;
-            }
-            let path = entry.path();
-            let stem = name.trim_end_matches(".lock").trim_end_matches(".old");
-            let (folder, lock_path) = (parent.join(stem), parent.join(format!("{stem}.lock")));
-            let lock = match File::options().read(true).write(true).open(&lock_path) {
-                Ok(file) => match file.try_lock() {
-                    Ok(()) => Some(file),
-                    Err(TryLockError::WouldBlock | TryLockError::Error(_)) => continue,
-                },
-                Err(e) if e.kind() == ErrorKind::NotFound => None,
-                Err(_) => continue,
-            };
-            let lock = match lock {
-                Some(lock) if folder.is_dir() => {
-                    match self.take_up(folder.clone(), &lock_path, lock) {
-                        Ok(()) => continue,
-                        Err(lock) => Some(lock),
-                    }
-                }
-                lock => lock,
-            };
-            // Not being allowed to clean up is no reason to stop: the new run has names of its own.
-            if name.ends_with(".old") && !target.exists() {
-                let _ = fs::rename(&path, target);
-            } else if path != lock_path {
-                let _ = fs::remove_dir_all(&path);
-            }
-            if !folder.exists() {
-                let _ = fs::remove_file(&lock_path);
-            }
-            drop(lock);
-        }
-        Ok(())
-    }
-
-    /// Keeps what a killed run left if it made the same; else gives back its lock.
-    fn take_up(&mut self, folder: PathBuf, lock_path: &Path, lock: File) -> Result<(), File> {
-        let Some(identity) = self.identity.filter(|_| self.found.is_none()) else {
-            return Err(lock);
-        };
-        let Ok(file) = lock.try_clone() else { return Err(lock) };
-        match Log::take_up(file, identity) {
-            Ok(log) => {
-                self.found = Some((folder, lock_path.to_owned(), lock, log));
-                Ok(())
-            }
-            Err(why) => {
-                self.left = self.left.take().or(why);
-                Err(lock)
-            }
-        }
-    }
-}
-
 /// Writes every file below `folder`, and the folders, to the disk.
 fn sync_tree(folder: &Path) -> Result<(), CheckpointError> {
     let entries =
@@ -478,6 +406,7 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::resume::Point;
 
     fn names(folder: &Path) -> Vec<String> {
         let mut names: Vec<_> = fs::read_dir(folder)
@@ -574,6 +503,29 @@ mod tests {
         drop(Staging::new(&target, Replace::Force).unwrap());
         // The first run restores it, after its own check of the target.
         assert_eq!(fs::read_to_string(target.join("config.json")).unwrap(), "old");
+        assert_eq!(names(dir.path()), ["m"]);
+    }
+
+    #[test]
+    fn an_output_put_aside_comes_back_where_the_new_one_is_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, identity) = (dir.path().join("m"), Identity::new("recipe", &[]));
+        let staging =
+            Staging::resume(&target, Replace::Force, &identity, Unfinished::TakeUp).unwrap();
+        let point = Point { shard: 0, file: "x".into(), bytes: 1, blake3: String::new() };
+        staging.log().unwrap().note(&point);
+        // As a process leaves things that is killed between the two renamings.
+        let left = dir.path().join(".m.moe-merge-1-0");
+        fs::create_dir(&left).unwrap();
+        fs::copy(&staging.lock_path, with_suffix(&left, ".lock")).unwrap();
+        fs::create_dir(with_suffix(&left, ".old")).unwrap();
+        fs::write(with_suffix(&left, ".old").join("config.json"), "old").unwrap();
+        drop(staging);
+        let again =
+            Staging::resume(&target, Replace::Force, &identity, Unfinished::TakeUp).unwrap();
+        assert_eq!((again.path(), again.log().unwrap().bytes()), (left.as_path(), 1));
+        assert_eq!(fs::read_to_string(target.join("config.json")).unwrap(), "old");
+        drop(again);
         assert_eq!(names(dir.path()), ["m"]);
     }
 

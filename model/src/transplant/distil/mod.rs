@@ -222,7 +222,8 @@ impl Run<'_> {
             && now >= then
             && state.steps > 0
         {
-            state.stale += 1;
+            // Steps that have not reached their full rate say little.
+            state.stale += usize::from(state.steps > WARM_UP);
             return;
         }
         let learning = self.network.parts.iter().flatten().filter(|p| p.learns());
