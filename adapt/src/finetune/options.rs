@@ -100,7 +100,7 @@ pub struct FinetuneOptions {
     /// How activations and gradients enter products with 16-bit weights in training.
     pub exec: Exec,
     /// Weight of what pulls the model back, on text of the domains it knows, to what it said before; 0: nothing does.
-    /// Without a number [`KEEP`] for an expert whose model has such text, else 0.
+    /// Without a number 30 for an expert whose model has such text, else 0.
     pub keep: Option<f64>,
     /// That text; without it, the prompts that the MoE was built with, and what its experts write themselves.
     pub keep_data: Vec<PathBuf>,
