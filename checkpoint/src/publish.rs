@@ -106,16 +106,13 @@ impl Staging {
         identity: &Identity,
         unfinished: Unfinished,
     ) -> Result<Self, CheckpointError> {
-        if unfinished == Unfinished::Remove {
-            drop(Self::new(target, replace)?);
-        }
-        Self::begin(target, replace, Some(identity))
+        Self::begin(target, replace, Some((identity, unfinished)))
     }
 
     fn begin(
         target: &Path,
         replace: Replace,
-        identity: Option<&Identity>,
+        make: Option<(&Identity, Unfinished)>,
     ) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
         check_target(&target, replace)?;
@@ -123,59 +120,24 @@ impl Staging {
         fs::create_dir_all(parent)
             .map_err(|e| CheckpointError::io("creating the parent folder", parent, e))?;
         let prefix = format!(".{}.moe-merge-", file_name(&target));
-        let mut stale = Stale { identity, found: None, left: None };
+        let wanted = make.filter(|(_, unfinished)| *unfinished == Unfinished::TakeUp);
+        let mut stale = Stale { identity: wanted.map(|(make, _)| make), found: None, left: None };
         stale.settle(&target, &prefix)?;
-        let left = stale.left;
-        if let Some((folder, lock_path, lock, log)) = stale.found {
-            log.tidy(&folder)?;
-            let log = Some(log);
-            return Ok(Self {
-                target,
-                folder,
-                lock_path,
-                _lock: lock,
-                replace,
-                published: false,
-                log,
-                left,
-            });
-        }
-        for attempt in 0..ATTEMPTS {
-            let folder = parent.join(format!("{prefix}{}-{attempt}", std::process::id()));
-            let lock_path = with_suffix(&folder, ".lock");
-            let Some(lock) = take_lock(&lock_path)? else { continue };
-            match fs::create_dir(&folder) {
-                Ok(()) => {
-                    let started = |identity| {
-                        let file = lock.try_clone()?;
-                        Log::start(file, identity)
-                    };
-                    let log = identity
-                        .map(started)
-                        .transpose()
-                        .map_err(|e| CheckpointError::io("writing", &lock_path, e))?;
-                    return Ok(Self {
-                        target,
-                        folder,
-                        lock_path,
-                        _lock: lock,
-                        replace,
-                        published: false,
-                        log,
-                        left,
-                    });
-                }
-                Err(e) => {
-                    let _ = fs::remove_file(&lock_path);
-                    if e.kind() != ErrorKind::AlreadyExists {
-                        return Err(CheckpointError::io("creating the output folder", &folder, e));
-                    }
-                }
+        let (folder, lock_path, lock, log) = match stale.found {
+            Some((folder, lock_path, lock, log)) => {
+                log.tidy(&folder)?;
+                (folder, lock_path, lock, Some(log))
             }
-        }
-        let taken =
-            IoError::new(ErrorKind::AlreadyExists, "every name for a hidden folder is taken");
-        Err(CheckpointError::io("creating the output folder", &target, taken))
+            None => {
+                let (folder, lock_path, lock) = fresh(&target, &prefix)?;
+                let start = |(make, _): (&Identity, _)| Log::start(lock.try_clone()?, make);
+                let log = make.map(start).transpose();
+                let log = log.map_err(|e| CheckpointError::io("writing", &lock_path, e))?;
+                (folder, lock_path, lock, log)
+            }
+        };
+        let (published, left) = (false, stale.left);
+        Ok(Self { target, folder, lock_path, _lock: lock, replace, published, log, left })
     }
 
     /// The folder to write into.
@@ -358,6 +320,27 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Makes a hidden folder with a name of its own; gives it with its lock file, which is held.
+fn fresh(target: &Path, prefix: &str) -> Result<(PathBuf, PathBuf, File), CheckpointError> {
+    for attempt in 0..ATTEMPTS {
+        let name = format!("{prefix}{}-{attempt}", std::process::id());
+        let folder = parent_of(target).join(name);
+        let lock_path = with_suffix(&folder, ".lock");
+        let Some(lock) = take_lock(&lock_path)? else { continue };
+        match fs::create_dir(&folder) {
+            Ok(()) => return Ok((folder, lock_path, lock)),
+            Err(e) => {
+                let _ = fs::remove_file(&lock_path);
+                if e.kind() != ErrorKind::AlreadyExists {
+                    return Err(CheckpointError::io("creating the output folder", &folder, e));
+                }
+            }
+        }
+    }
+    let taken = IoError::new(ErrorKind::AlreadyExists, "every name for a hidden folder is taken");
+    Err(CheckpointError::io("creating the output folder", target, taken))
 }
 
 /// Creates and locks `path`; `None` if another process has the name, or took it away between the two steps.

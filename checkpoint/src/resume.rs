@@ -1,8 +1,9 @@
-//! Outputs that a killed run left unfinished: what they are made of, and what of them is safe on the disk.
+//! Outputs that a killed run left unfinished: what they are made of, and what of them was handed to the system.
 //!
-//! While an output grows, its lock file holds one line of JSON that says what it is made of, then one line each time that
-//! bytes of a shard have reached the disk. A run that is killed cannot remove it; the next run that makes the same output
-//! of the same things goes on from there, and ends with the same bytes.
+//! While an output grows, its lock file holds one line of JSON that says what it is made of, then one line with a hash each
+//! time that more tensors of a shard were handed to the system. A run that is killed cannot remove it; the next run that
+//! makes the same output of the same things goes on from there, and ends with the same bytes. Where the machine itself
+//! went down before the disk had them, the hash differs, and the shard is made anew.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -75,7 +76,7 @@ impl Identity {
     }
 }
 
-/// So much of a shard is on the disk.
+/// So much of a shard was handed to the system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Point {
     /// Number of the shard in its plan.
@@ -88,7 +89,7 @@ pub(crate) struct Point {
     pub blake3: String,
 }
 
-/// What of an output is safe, kept in its lock file.
+/// What of an output is written, kept in its lock file.
 #[derive(Debug)]
 pub struct Log {
     file: Mutex<File>,
@@ -111,13 +112,7 @@ impl Log {
         let other: Identity = serde_json::from_str(&first).map_err(|_| None)?;
         // A line that was being written when the run was killed, and what follows, count for nothing.
         let points = lines.map_while(|line| serde_json::from_str::<Point>(&line).ok());
-        let mut found: BTreeMap<usize, Point> = BTreeMap::new();
-        for point in points {
-            // What was still on its way to the disk when the shard was finished is noted after it.
-            if found.get(&point.shard).is_none_or(|p| p.bytes <= point.bytes) {
-                found.insert(point.shard, point);
-            }
-        }
+        let found: BTreeMap<usize, Point> = points.map(|point| (point.shard, point)).collect();
         if found.is_empty() {
             return Err(None);
         }
@@ -141,7 +136,7 @@ impl Log {
         file.write_all(text.as_bytes())
     }
 
-    /// Notes that these bytes have reached the disk. A note that cannot be made is no reason to stop: only a later run
+    /// Notes that these bytes were handed to the system. A note that cannot be made is no reason to stop: only a later run
     /// could have used it.
     pub(crate) fn note(&self, point: &Point) {
         let line = serde_json::to_string(point).unwrap_or_default() + "\n";
@@ -214,7 +209,7 @@ mod tests {
         let path = dir.path().join("x.lock");
         let identity = Identity::new("recipe", &[]);
         let log = Log::start(open(&path), &identity).unwrap();
-        for (shard, bytes) in [(0, 10), (2, 7), (0, 20), (2, 6)] {
+        for (shard, bytes) in [(0, 10), (2, 7), (0, 20)] {
             log.note(&point(shard, bytes));
         }
         let mut text = fs::read_to_string(&path).unwrap();

@@ -121,7 +121,7 @@ pub fn write_shards(
     write_logged(dir, shards, None, watch)
 }
 
-/// As [`write_shards`]; notes in `log` what has reached the disk, and goes on from what an earlier run noted there.
+/// As [`write_shards`]; notes in `log` what is written, and goes on from what an earlier run noted there.
 ///
 /// # Errors
 /// As [`write_shards`].

@@ -25,7 +25,7 @@ const LARGE: u64 = 64 << 20;
 #[derive(Clone, Copy)]
 pub(super) struct Run<'a, 'env> {
     pub dir: &'a Path,
-    /// What has reached the disk, now or in an earlier run.
+    /// What is written, now or by an earlier run.
     pub log: Option<&'a Log>,
     pub watch: Watch<'a>,
     /// Raised when another shard has failed.

@@ -206,6 +206,11 @@ proptest! {
 
 /// Two shards of tensors that are copied, rounded alone, and computed together.
 fn several() -> Vec<ShardPlan> {
+    shifted(0)
+}
+
+/// The same with other numbers.
+fn shifted(shift: usize) -> Vec<ShardPlan> {
     let numbers = |seed: usize, n: usize| -> Vec<f32> {
         (0..n).map(|i| ((i * 37 + seed * 11) % 251) as f32 * 0.37 - 40.0).collect()
     };
@@ -220,7 +225,7 @@ fn several() -> Vec<ShardPlan> {
         });
         by_content(stem, copied.chain(rounded).collect())
     };
-    vec![shard("one", 1), shard("two", 2)]
+    vec![shard("one", 1 + shift), shard("two", 2 + shift)]
 }
 
 /// Writes until so many bytes are written, then leaves everything as a killed process does.
@@ -290,6 +295,33 @@ fn what_a_killed_run_left_is_gone_on_from_with_the_same_bytes() {
         }
     }
     assert!(went_on >= 8, "{went_on}");
+}
+
+#[test]
+fn what_is_there_is_not_computed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir_in(&dir).unwrap().keep();
+    let whole = write_all(&folder, &several()).unwrap();
+    let (target, identity) = (dir.path().join("m"), Identity::new("several", &[]));
+    for bytes in [12_000, u64::MAX] {
+        cut_short(&target, &identity, bytes);
+        let staging =
+            Staging::resume(&target, Replace::Never, &identity, Unfinished::TakeUp).unwrap();
+        let log = staging.log().unwrap();
+        let points: Vec<usize> =
+            (0..2).map(|i| log.point(i).map_or(0, |p| p.bytes as usize)).collect();
+        let interrupt = Interrupt::default();
+        let watch = Watch { interrupt: &interrupt, progress: &|_| () };
+        // Other numbers: what is of the earlier run can be told from what is computed now.
+        let mixed = write_logged(staging.path(), &shifted(5), Some(log), watch).unwrap();
+        for ((shard, first), there) in mixed.iter().zip(&whole).zip(points) {
+            let found = fs::read(staging.path().join(&shard.file.name)).unwrap();
+            let expected = fs::read(folder.join(&first.file.name)).unwrap();
+            assert_eq!(found[..there], expected[..there]);
+            let end = there == expected.len();
+            assert!((end || bytes < u64::MAX) && (found == expected) == end, "{there}");
+        }
+    }
 }
 
 #[test]
