@@ -70,9 +70,9 @@ fn a_command_line_of_mergekit_works() {
                 models: [{model: recipes/quickstart/code, parameters: {weight: 1, density: 0.5}}]\n";
     std::fs::write(&recipe, text).unwrap();
     // The numbers of the tensors, whatever file they are in.
-    let build = |out: &str, flags: &[&str]| {
+    let build_of = |recipe: &Path, out: &str, flags: &[&str]| {
         let out = temp.path().join(out);
-        let run = moe_merge().arg(&recipe).arg(&out).args(flags).assert().success();
+        let run = moe_merge().arg(recipe).arg(&out).args(flags).assert().success();
         moe_merge().arg("verify").arg(&out).assert().success();
         let mut tensors = std::collections::BTreeMap::new();
         let mut shards = 0;
@@ -89,11 +89,23 @@ fn a_command_line_of_mergekit_works() {
         let told = String::from_utf8(run.get_output().stderr.clone()).unwrap();
         (tensors, shards, told)
     };
+    let build = |out: &str, flags: &[&str]| build_of(&recipe, out, flags);
     let (plain, one, _) = build("plain", &[]);
     let (seven, _, _) = build("seven", &["--random-seed", "7"]);
     let (cut, several, told) =
         build("cut", &["--cuda", "--lazy-unpickle", "--out-shard-size", "200k", "-j", "2"]);
     assert!(plain != seven, "another seed draws another mask");
+    // The seed is that of recipes within the recipe, too.
+    let outer = temp.path().join("outer.yml");
+    let written = text.trim_end().replace('\n', "\n      ");
+    for (kind, inner) in
+        [("file", "config.yml".to_owned()), ("inline", format!("\n      {written}"))]
+    {
+        let text = format!("merge_method: passthrough\nmodels:\n  - model: {inner}\n");
+        std::fs::write(&outer, text).unwrap();
+        let (nested, _, _) = build_of(&outer, kind, &["--random-seed", "7"]);
+        assert!(nested == seven, "{kind}");
+    }
     assert!(plain == cut, "how it is cut changes no number");
     assert!(one == 1 && several > 1, "{one} and {several} shards");
     assert!(told.contains("--cuda") && !told.contains("lazy"), "{told}");

@@ -22,8 +22,6 @@ mod compute;
 mod file;
 mod flush;
 
-pub(crate) use compute::by_blocks;
-
 /// Largest shard, in bytes of tensors: the usual default of the Hugging Face tools.
 pub const SHARD_LIMIT: u64 = 5_000_000_000;
 

@@ -116,5 +116,5 @@ fn read(source: &SourceSpec, path: &Path) -> Result<Recipe, RecipeErrors> {
         error.found = Some(e.to_string());
         RecipeErrors(vec![error])
     })?;
-    recipe::parse(&text, path)
+    recipe::parse_seeded(&text, path, source.seed)
 }

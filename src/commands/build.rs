@@ -36,11 +36,8 @@ pub fn run(args: &BuildArgs, flags: &MergekitArgs, common: &Common) -> Result<Ou
         shard_limit: flags.shard_size,
     };
     notes(&flags.notes, common);
-    match recipe::parse(text.text, text.path).map_err(MergeError::from)? {
-        Recipe::Moe(mut recipe) => {
-            if let Some(seed) = flags.seed {
-                recipe.reseed(seed);
-            }
+    match recipe::parse_seeded(text.text, text.path, flags.seed).map_err(MergeError::from)? {
+        Recipe::Moe(recipe) => {
             let prepared = Prepared::new(&recipe, text, options)?;
             if args.dry_run {
                 return plan(&prepared, common);
@@ -52,8 +49,7 @@ pub fn run(args: &BuildArgs, flags: &MergekitArgs, common: &Common) -> Result<Ou
                 false => render::out(&summary(&report))?,
             }
         }
-        Recipe::Dense(mut recipe) => {
-            recipe.seed = flags.seed.unwrap_or(recipe.seed);
+        Recipe::Dense(recipe) => {
             let prepared = PreparedDense::new(&recipe, text, options)?;
             if args.dry_run {
                 return dense_plan(&prepared, common);

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use moe_merge_kernels::{Dtype, cast};
+use rayon::prelude::*;
 
 use crate::error::CheckpointError;
 use crate::gguf::kinds::TensorKind;
@@ -17,7 +18,7 @@ use crate::gguf::quantise;
 use crate::gguf::target::Target;
 use crate::publish::Replace;
 use crate::weight::WeightRef;
-use crate::write::{Watch, by_blocks};
+use crate::write::Watch;
 
 /// A metadata value to write.
 #[derive(Debug, Clone, PartialEq)]
@@ -312,6 +313,40 @@ impl Writer<'_> {
         self.watch.interrupt.check()?;
         self.out.write_all(bytes).map_err(|e| CheckpointError::io("writing", self.path, e))
     }
+}
+
+/// Rows as bytes, in order: a few blocks at a time, each block on a thread of its own.
+///
+/// * `[rows, cols]` of the tensor, `width` bytes of a row
+/// * `fill` writes some rows; `put` takes what several blocks gave
+fn by_blocks(
+    [rows, cols]: [usize; 2],
+    width: usize,
+    scratch: &mut Vec<u8>,
+    fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), CheckpointError> + Sync,
+    mut put: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    if rows * cols == 0 {
+        return Ok(());
+    }
+    let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
+    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 16);
+    scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
+    for from in (0..rows).step_by(batch_rows) {
+        let to = rows.min(from + batch_rows);
+        let out = &mut scratch[..(to - from) * width];
+        let done: Vec<Result<(), CheckpointError>> = out
+            .par_chunks_mut(block_rows * width)
+            .enumerate()
+            .map(|(i, out)| {
+                let start = from + i * block_rows;
+                fill(start..start + out.len() / width, out)
+            })
+            .collect();
+        done.into_iter().collect::<Result<(), _>>()?;
+        put(out)?;
+    }
+    Ok(())
 }
 
 /// Computes `rows` and rounds them into `out`.

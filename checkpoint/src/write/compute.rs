@@ -99,40 +99,6 @@ pub(super) fn fill(parts: &[Part<'_>], out: &mut Vec<u8>) -> Result<usize, Check
     Ok(total)
 }
 
-/// Rows as bytes, in order: a few blocks at a time, each block on a thread of its own.
-///
-/// * `[rows, cols]` of the tensor, `width` bytes of a row
-/// * `fill` writes some rows; `put` takes what several blocks gave
-pub(crate) fn by_blocks(
-    [rows, cols]: [usize; 2],
-    width: usize,
-    scratch: &mut Vec<u8>,
-    fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), CheckpointError> + Sync,
-    mut put: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
-) -> Result<(), CheckpointError> {
-    if rows * cols == 0 {
-        return Ok(());
-    }
-    let block_rows = (CHUNK / 4 / cols).clamp(1, rows);
-    let batch_rows = block_rows * rayon::current_num_threads().clamp(1, 16);
-    scratch.resize(scratch.len().max(batch_rows.min(rows) * width), 0);
-    for from in (0..rows).step_by(batch_rows) {
-        let to = rows.min(from + batch_rows);
-        let out = &mut scratch[..(to - from) * width];
-        let done: Vec<Result<(), CheckpointError>> = out
-            .par_chunks_mut(block_rows * width)
-            .enumerate()
-            .map(|(i, out)| {
-                let start = from + i * block_rows;
-                fill(start..start + out.len() / width, out)
-            })
-            .collect();
-        done.into_iter().collect::<Result<(), _>>()?;
-        put(out)?;
-    }
-    Ok(())
-}
-
 /// Numbers that are computed before they are rounded: few enough to be still in the second-level cache then.
 const NARROWED: usize = 1 << 16;
 

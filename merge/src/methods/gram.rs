@@ -101,9 +101,14 @@ impl Gram {
     }
 }
 
-/// `round(w - b)` into `out`.
+/// `round(w - b)` into `out`, which grows or shrinks to it.
 pub(super) fn subtract(w: &[f32], b: &[f32], dtype: Dtype, out: &mut Vec<f32>) {
     out.resize(w.len(), 0.0);
+    difference(w, b, dtype, out);
+}
+
+/// `round(w - b)` into `out`.
+pub(super) fn difference(w: &[f32], b: &[f32], dtype: Dtype, out: &mut [f32]) {
     elementwise::subtract(w, b, out);
     elementwise::round(out, dtype);
 }

@@ -5,6 +5,7 @@ use std::ops::{Deref, Range};
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
 
+use super::gram::difference;
 use super::order::{Cut, Keyed};
 use super::scan::Block;
 use super::{Base, Combine, Group, Method, Once, Scope, flag, number, read, round, scan};
@@ -58,8 +59,7 @@ impl Sce {
         let (others, base) = blocks.split_at(self.others.len());
         let difference = |w: &_| {
             let mut d = Block::new(base[0].len());
-            elementwise::subtract(w, &base[0], &mut d);
-            elementwise::round(&mut d, self.dtype);
+            difference(w, &base[0], self.dtype, &mut d);
             d
         };
         others.iter().map(|w| difference(&**w)).collect()

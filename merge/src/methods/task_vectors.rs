@@ -5,6 +5,7 @@ use std::ops::Range;
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
 
+use super::gram::difference;
 use super::scan::Block;
 use super::sparsify::{self, Sparse, Sparsifier, Wanted};
 use super::{Combine, Group, Once, Parameter, Scope, flag, number, read, round};
@@ -168,8 +169,7 @@ impl Combine for TaskVectors {
         let mut weighted = Vec::new(); // [models][values of these rows]
         for (i, &m) in self.others.iter().enumerate() {
             let mut p = Block::new(out.len());
-            elementwise::subtract(&read(&inputs[m], rows.clone())?, out, &mut p);
-            elementwise::round(&mut p, dtype);
+            difference(&read(&inputs[m], rows.clone())?, out, dtype, &mut p);
             self.sparse(inputs, i)?.apply(rows.start * cols, cols, dtype, &mut p);
             elementwise::scale(&mut p, self.weights[i]);
             elementwise::round(&mut p, dtype);

@@ -161,10 +161,7 @@ impl Reader {
             }
             None => false,
         };
-        let seed = match object.get("seed") {
-            Some((node, path)) => self.integer(node, &path, 0..=u64::MAX).unwrap_or(0),
-            None => 0,
-        };
+        let seed = self.seed(&object);
         let name = self.text_at(&object, "name");
         let output = self.output_at(&object);
         if let Some(method) = method

@@ -60,7 +60,15 @@ pub enum Recipe {
 /// # Errors
 /// [`RecipeErrors`] with every mistake there is, in the order of the text.
 pub fn parse(text: &str, path: &Path) -> Result<Recipe, RecipeErrors> {
-    let mut reader = Reader::new(path);
+    parse_seeded(text, path, None)
+}
+
+/// As [`parse`]; `seed` stands instead of the seed of the recipe and of all recipes that it names.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_seeded(text: &str, path: &Path, seed: Option<u64>) -> Result<Recipe, RecipeErrors> {
+    let mut reader = Reader { seed, ..Reader::new(path) };
     let documents = match node::parse(text) {
         Ok(documents) => documents,
         Err(e) => {

@@ -225,16 +225,6 @@ pub enum Attention {
     Merge(Box<DenseRecipe>),
 }
 
-impl MoeRecipe {
-    /// Another seed of everything random.
-    pub fn reseed(&mut self, seed: u64) {
-        self.seed = seed;
-        if let Attention::Merge(recipe) = &mut self.attention {
-            recipe.seed = seed;
-        }
-    }
-}
-
 impl Reader {
     pub fn moe(&mut self, node: &Node, path: &str) -> Option<MoeRecipe> {
         let before = self.errors.len();
@@ -260,7 +250,7 @@ impl Reader {
         let align = self.align(&object, &labels);
         let evaluation = self.evaluation(&object);
         let output = self.output_at(&object);
-        let seed = object.get("seed").and_then(|(n, p)| self.integer(n, &p, 0..=u64::MAX));
+        let seed = self.seed(&object);
         let identical = object.get("allow_identical_experts");
         let identical = identical.and_then(|(n, p)| self.boolean(n, &p)).unwrap_or(false);
         self.check_experts(&object, &experts, gate_mode, self_text, identical);
@@ -268,7 +258,7 @@ impl Reader {
         self.check_names(&experts, &shared_experts);
         let experts: Vec<Expert> = experts.into_iter().flatten().collect();
         let attention = match &base_model {
-            Some(base) => self.attention(&object, base, &experts, seed.unwrap_or(0)),
+            Some(base) => self.attention(&object, base, &experts, seed),
             None => None,
         };
         (self.errors.len() == before).then_some(())?;
@@ -289,7 +279,7 @@ impl Reader {
             base_tokenizer,
             evaluation,
             output,
-            seed: seed.unwrap_or(0),
+            seed,
             place: self.place(node.at, path),
         })
     }

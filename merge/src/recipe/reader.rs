@@ -18,6 +18,8 @@ pub(super) struct Reader {
     pub errors: Vec<RecipeError>,
     /// The documents of a recipe in stages.
     pub stages: Vec<Stage>,
+    /// Seed of everything random, whatever the recipe says.
+    pub seed: Option<u64>,
 }
 
 /// A mapping whose keys have been checked.
@@ -49,7 +51,7 @@ pub(super) fn join(path: &str, key: &str) -> String {
 impl Reader {
     pub fn new(file: &Path) -> Self {
         let dir = file.parent().unwrap_or(Path::new("")).to_owned();
-        Self { file: file.to_owned(), dir, errors: Vec::new(), stages: Vec::new() }
+        Self { file: file.to_owned(), dir, errors: Vec::new(), stages: Vec::new(), seed: None }
     }
 
     /// Records a mistake; the caller fills in what was expected, found, and the hint.

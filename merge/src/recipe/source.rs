@@ -50,6 +50,8 @@ pub struct SourceSpec {
     pub kind: SourceKind,
     /// Where it is named.
     pub place: Place,
+    /// Seed for a recipe that it names, instead of that recipe's own.
+    pub seed: Option<u64>,
 }
 
 /// What a source can be.
@@ -116,7 +118,7 @@ impl Reader {
                 return None;
             }
         };
-        Some(SourceSpec { kind, place: self.place(node.at, path) })
+        Some(SourceSpec { kind, place: self.place(node.at, path), seed: self.seed })
     }
 
     fn source_text(&mut self, node: &Node, path: &str, text: &str) -> Option<SourceKind> {
@@ -230,6 +232,12 @@ impl Reader {
             self.unknown_name(node, &path, &text, &["float32", "bfloat16", "float16"]);
         }
         dtype
+    }
+
+    /// The seed of a recipe, 0 by default.
+    pub fn seed(&mut self, object: &Object) -> u64 {
+        let written = object.get("seed").and_then(|(n, p)| self.integer(n, &p, 0..=u64::MAX));
+        self.seed.or(written).unwrap_or(0)
     }
 
     /// The items under `key`, each with its recipe path.
