@@ -208,7 +208,7 @@ pub struct FinetuneArgs {
     #[arg(long, value_name = "WEIGHT")]
     pub keep: Option<f64>,
     /// Tokens that each expert writes for `--keep`
-    #[arg(long, value_name = "N", default_value_t = 5000)]
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
     pub keep_text: usize,
     /// Text on which the model is to stay as it was, instead
     #[arg(long, value_name = "FILE", num_args = 1..)]

@@ -1,19 +1,25 @@
 //! Text of the domains that a model knows: what it is held to, and what it is looked at with.
 
+use std::collections::BTreeMap;
+
 use moe_merge_kernels::Exec;
 use moe_merge_merge::documents::Encoder;
 use moe_merge_merge::expert_texts;
 use moe_merge_merge::gates::TokenPrompts;
-use moe_merge_model::expert_training::{Drawn, Factors, Lesson, Part, Route, Trainee};
+use moe_merge_model::expert_training::{Damping, Drawn, Factors, Lesson, Part, Route, Trainee};
 
 use super::Finetune;
 use super::domains::{self, Domain, DomainReport};
 use super::error::FinetuneError;
 use super::options::KEEP;
-use super::train::Penalty;
+use super::train::{Kept, Penalty};
 
 /// Tokens of each domain on which a model is to stay as it was.
 const KEPT: usize = 20_000;
+
+/// Tokens of such text that go into a step: with fewer the pull back is too noisy, which costs more of what is learnt than
+/// the time it saves. Small batches take twice their own size.
+const ENOUGH: usize = 2048;
 
 impl Finetune {
     /// Weight of what holds the model to what it said before.
@@ -27,10 +33,10 @@ impl Finetune {
         &self,
         encoder: &Encoder<'_>,
         notes: &mut Vec<String>,
-    ) -> Result<(Option<Trainee>, Vec<Vec<Lesson>>), FinetuneError> {
+    ) -> Result<Option<Kept>, FinetuneError> {
         let o = &self.options;
         if self.keep() == 0.0 {
-            return Ok((None, Vec::new()));
+            return Ok(None);
         }
         let known = match o.keep_data.is_empty() {
             true => self.remembered(encoder)?,
@@ -41,7 +47,7 @@ impl Finetune {
                 "nothing holds other domains where they are: no prompts in the model's folder, and no expert that can write some; `--keep-data FILE...` names text"
                     .into(),
             );
-            return Ok((None, Vec::new()));
+            return Ok(None);
         }
         if known.is_empty() {
             return Err(FinetuneError::Option {
@@ -51,9 +57,13 @@ impl Finetune {
                 hint: Some("name files with `--keep-data FILE...`".into()),
             });
         }
-        let batches = domains::mixed(&known, (o.training.batch_tokens / 2).max(2));
+        let tokens = o.training.batch_tokens;
+        let batches = domains::mixed(&known, tokens.max(ENOUGH.min(2 * tokens)));
         let model = self.open(&self.source, self.number(), Route::Natural, o.exec, notes)?;
-        Ok((Some(model), batches))
+        let sample: Vec<&Lesson> = batches.iter().take(1).flatten().collect();
+        let interrupted = &mut || o.interrupt.check().is_err();
+        let damping = Damping::new(&model, self.plan.layers.clone(), &sample, interrupted)?;
+        Ok(Some(Kept { model, batches, weight: self.keep(), damping, said: BTreeMap::new() }))
     }
 
     /// What keeps the expert's rows of the routers from drawing tokens of other domains: their text is that of `--keep-data`,

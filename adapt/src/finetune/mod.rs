@@ -57,7 +57,7 @@ pub use state::{EvaluationRecord, StepRecord};
 pub use train::{Progress, Stopped, Training, Watcher};
 
 use data::Corpus;
-use train::{Kept, Run};
+use train::Run;
 
 /// Nobody watches.
 pub struct Silent;
@@ -197,19 +197,19 @@ impl Finetune {
         if let Some(file) = file.as_deref().filter(|_| !self.options.resume) {
             train::fresh(file)?;
         }
-        let state = match file.as_deref().filter(|f| f.exists()) {
-            Some(file) => state::State::load(file, &begun)?,
-            None => state::State::new(trainee.factors(&self.plan), begun),
-        };
-        if state.factors.pairs.is_empty() {
+        let mut factors = trainee.factors(&self.plan);
+        if factors.pairs.is_empty() {
             return Err(self.nothing_to_train());
         }
+        let earlier = file.as_deref().filter(|f| f.exists());
+        let earlier = earlier.map(|file| state::State::load(file, &begun)).transpose()?;
         if self.keep() > 0.0 && self.options.keep_data.is_empty() && self.options.keep_text > 0 {
             watcher.stage("experts write text");
         }
-        let (model, batches) = self.kept(&encoder, &mut notes)?;
+        let kept = self.kept(&encoder, &mut notes)?;
+        kept.iter().for_each(|kept| kept.damping.begin(&mut factors));
+        let state = earlier.unwrap_or_else(|| state::State::new(factors, begun));
         let penalty = self.penalty(&encoder, &trainee, &state.factors)?;
-        let kept = model.as_ref().map(|model| Kept { model, batches, weight: self.keep() });
         let held = if kept.is_some() { self.keep() } else { 0.0 };
         let mut run = Run {
             trainee: &trainee,

@@ -144,7 +144,7 @@ impl Default for FinetuneOptions {
             exec: Exec::fast(),
             keep: None,
             keep_data: Vec::new(),
-            keep_text: 5000,
+            keep_text: 10_000,
             router_penalty: 100.0,
             training: Training::default(),
             state: None,

@@ -1,12 +1,13 @@
 //! The steps: draw batches, walk forward and back, step, look at held-out text.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use moe_merge_checkpoint::{CheckpointError, Interrupt};
 use moe_merge_model::expert_training::optimise::{self, Optimiser, Schedule};
 use moe_merge_model::expert_training::{
-    Drawn, Dropout, FactorGradients, Factors, Goal, GradientError, Lesson, Trainee,
+    Damping, Drawn, Dropout, FactorGradients, Factors, Goal, GradientError, Lesson, Trainee,
 };
 use serde::Serialize;
 
@@ -102,13 +103,48 @@ pub enum Stopped {
 const SAVE_EVERY: u64 = 30;
 
 /// Text on which the model is to stay as it was.
-pub struct Kept<'a> {
+pub struct Kept {
     /// The model, routed as its routers say.
-    pub model: &'a Trainee,
+    pub model: Trainee,
     /// The text, in batches: each step takes the next one.
     pub batches: Vec<Vec<Lesson>>,
     /// Weight of `KL(before, now)`.
     pub weight: f64,
+    /// Small steps where its inputs lie.
+    pub damping: Damping,
+    /// What the model made of batches, as many as there is room for.
+    pub said: BTreeMap<usize, Vec<f32>>,
+}
+
+/// Bytes that may be kept of what the model said.
+const SAID: usize = 256 << 20;
+
+impl Kept {
+    /// The gradient of what pulls the model back, on the batch of step `step`.
+    fn gradient(
+        &mut self,
+        step: u64,
+        factors: &Factors,
+        interrupted: &mut (dyn FnMut() -> bool + Send),
+    ) -> Result<FactorGradients, GradientError> {
+        let Self { model, batches, said, .. } = self;
+        let number = (step % batches.len().max(1) as u64) as usize;
+        let Some(batch) = batches.get(number) else { return Ok(FactorGradients::new()) };
+        let lessons: Vec<&Lesson> = batch.iter().collect();
+        let scored: usize = batch.iter().map(Lesson::scored).sum();
+        let weight = (self.weight / scored.max(1) as f64) as f32;
+        let states = match said.remove(&number) {
+            Some(states) => states,
+            None => model.said(&lessons, interrupted)?,
+        };
+        let found =
+            model.gradient(factors, &lessons, &Goal::Said(model, &states), weight, interrupted)?;
+        let held: usize = said.values().map(|s| size_of_val(&s[..])).sum();
+        if held + size_of_val(&states[..]) <= SAID {
+            said.insert(number, states);
+        }
+        Ok(found.factors)
+    }
 }
 
 /// What keeps a router from drawing tokens of other domains.
@@ -123,7 +159,7 @@ pub struct Penalty {
 pub struct Run<'a> {
     pub trainee: &'a Trainee,
     pub goal: Goal<'a>,
-    pub kept: Option<Kept<'a>>,
+    pub kept: Option<Kept>,
     pub penalty: Option<Penalty>,
     pub corpus: &'a Corpus<'a>,
     /// Documents to train on.
@@ -255,7 +291,8 @@ impl Run<'_> {
         let number = self.state.step;
         let State { factors, first, second, .. } = &mut self.state;
         let step = optimise::Step { number, rate, scale };
-        optimise::step(self.options.optimiser, step, factors, &gradients, first, second);
+        let damping = self.kept.as_ref().map(|kept| &kept.damping);
+        optimise::step(self.options.optimiser, step, damping, factors, &gradients, first, second);
         if self.held_out.is_empty() {
             self.state.best = self.state.factors.clone();
             self.state.best_step = number;
@@ -282,17 +319,12 @@ impl Run<'_> {
     }
 
     /// Adds what pulls the model back to what it said before.
-    fn keep(&self, gradients: &mut FactorGradients) -> Result<(), FinetuneError> {
-        let Some(Kept { model, batches, weight }) = &self.kept else { return Ok(()) };
-        let count = batches.len().max(1) as u64;
-        let Some(batch) = batches.get((self.state.step % count) as usize) else { return Ok(()) };
-        let lessons: Vec<&Lesson> = batch.iter().collect();
-        let scored: usize = batch.iter().map(Lesson::scored).sum();
-        let weight = (weight / scored.max(1) as f64) as f32;
-        let (goal, interrupt) = (Goal::Teacher(model), self.interrupt);
+    fn keep(&mut self, gradients: &mut FactorGradients) -> Result<(), FinetuneError> {
+        let Some(kept) = &mut self.kept else { return Ok(()) };
+        let (interrupt, factors) = (self.interrupt, &self.state.factors);
         let stop = &mut || interrupt.check().is_err();
-        let found = model.gradient(&self.state.factors, &lessons, &goal, weight, stop);
-        optimise::accumulate(gradients, found.map_err(|e| self.failed(e))?.factors);
+        let found = kept.gradient(self.state.step, factors, stop);
+        optimise::accumulate(gradients, found.map_err(|e| self.failed(e))?);
         Ok(())
     }
 

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 
+mod damping;
 mod drawn;
 mod factors;
 pub mod optimise;
@@ -35,6 +36,7 @@ pub mod optimise;
 mod tests;
 mod trainee;
 
+pub use damping::Damping;
 pub use drawn::Drawn;
 pub use trainee::{Goal, Trainee};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{FactorGradients, FactorPair, Factors, Part};
+use super::{Damping, FactorGradients, FactorPair, Factors, Part, TrainedFactors};
 
 /// How a gradient becomes a step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -92,10 +92,11 @@ pub struct Step {
     pub scale: f64,
 }
 
-/// Moves `factors` one step.
+/// Moves `factors` one step; with `damping`, as if they read damped inputs.
 pub fn step(
     optimiser: Optimiser,
     step: Step,
+    damping: Option<&Damping>,
     factors: &mut Factors,
     gradients: &FactorGradients,
     first: &mut Moments,
@@ -109,13 +110,40 @@ pub fn step(
         };
         let [ma, mb] = m;
         let [va, vb] = v;
-        for (w, g, m, v) in [(&mut pair.a, &g[0], ma, va), (&mut pair.b, &g[1], mb, vb)] {
-            match optimiser {
-                Optimiser::AdamW { weight_decay } => adam(step, weight_decay, w, g, m, v),
-                Optimiser::Sgd => {
-                    for (w, g) in w.iter_mut().zip(g) {
-                        *w = (f64::from(*w) - step.rate * step.scale * f64::from(*g)) as f32;
-                    }
+        // The factor that meets the input.
+        let reads = [pair.trained != TrainedFactors::B, pair.trained == TrainedFactors::B];
+        let input = pair.input;
+        let both = [(&mut pair.a, &g[0], ma, va), (&mut pair.b, &g[1], mb, vb)];
+        for ((w, g, m, v), reads) in both.into_iter().zip(reads) {
+            match damping.filter(|_| reads && !g.is_empty()) {
+                None => optimiser.step(step, w, g, m, v),
+                Some(damping) => {
+                    let (mut g, mut d) = (g.clone(), vec![0.0; g.len()]);
+                    damping.damp(*at, &mut g, input);
+                    optimiser.step(step, &mut d, &g, m, v); // nothing of a zero decays
+                    damping.damp(*at, &mut d, input);
+                    let kept = 1.0 - step.rate * optimiser.weight_decay();
+                    w.iter_mut().zip(d).for_each(|(w, d)| *w = (f64::from(*w) * kept) as f32 + d);
+                }
+            }
+        }
+    }
+}
+
+impl Optimiser {
+    fn weight_decay(self) -> f64 {
+        match self {
+            Self::AdamW { weight_decay } => weight_decay,
+            Self::Sgd => 0.0,
+        }
+    }
+
+    fn step(self, step: Step, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+        match self {
+            Self::AdamW { weight_decay } => adam(step, weight_decay, w, g, m, v),
+            Self::Sgd => {
+                for (w, g) in w.iter_mut().zip(g) {
+                    *w = (f64::from(*w) - step.rate * step.scale * f64::from(*g)) as f32;
                 }
             }
         }
@@ -140,7 +168,6 @@ fn adam(step: Step, decay: f64, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::expert_training::TrainedFactors;
 
     fn factors(a: &[f32], b: &[f32]) -> Factors {
         let pair = FactorPair {
@@ -170,7 +197,8 @@ mod tests {
         let gradients: FactorGradients = [((0, Part::Gate), [vec![3.0, -0.01], vec![0.0]])].into();
         let (mut m, mut v) = (zeros(&w), zeros(&w));
         let adam = Optimiser::AdamW { weight_decay: 0.5 };
-        step(adam, Step { number: 1, rate: 0.1, scale: 1.0 }, &mut w, &gradients, &mut m, &mut v);
+        let first = Step { number: 1, rate: 0.1, scale: 1.0 };
+        step(adam, first, None, &mut w, &gradients, &mut m, &mut v);
         let pair = &w.pairs[&(0, Part::Gate)];
         // Decay takes 0.05 from each.
         for (found, wanted) in pair.a.iter().chain(&pair.b).zip([0.85, 1.05, 0.95]) {
@@ -190,7 +218,7 @@ mod tests {
         let gradients: FactorGradients = [((0, Part::Gate), [vec![2.0], vec![4.0]])].into();
         let (mut m, mut v) = (zeros(&w), zeros(&w));
         let down = Step { number: 1, rate: 0.5, scale: 0.5 };
-        step(Optimiser::Sgd, down, &mut w, &gradients, &mut m, &mut v);
+        step(Optimiser::Sgd, down, None, &mut w, &gradients, &mut m, &mut v);
         let pair = &w.pairs[&(0, Part::Gate)];
         assert_eq!((pair.a[0], pair.b[0]), (0.5, 1.0));
     }

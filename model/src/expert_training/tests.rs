@@ -273,7 +273,7 @@ fn losses_and_factors_are_those_of_peft() {
             largest = largest.max((loss / wanted - 1.0).abs());
             let step = optimise::Step { number: step as u64 + 1, rate: 0.5, scale: 1.0 };
             let sgd = optimise::Optimiser::Sgd;
-            optimise::step(sgd, step, &mut factors, &found.factors, &mut first, &mut second);
+            optimise::step(sgd, step, None, &mut factors, &found.factors, &mut first, &mut second);
         }
         assert_eq!(steps, 20);
         println!("{name}: largest relative difference of a loss {largest:.1e}");

@@ -1,6 +1,7 @@
 //! A frozen model with factors: forward, loss, back.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use moe_merge_checkpoint::{Source, WeightRef};
@@ -26,6 +27,8 @@ pub enum Goal<'a> {
     NextToken,
     /// `KL(teacher, model)` of the next token's distribution. The teacher has the same vocabulary.
     Teacher(&'a Trainee),
+    /// The same, where [`Trainee::said`] has told already what the teacher makes of the lessons.
+    Said(&'a Trainee, &'a [f32]),
 }
 
 /// A frozen model, one of whose experts (or whose MLPs, if it is dense) is to get factors. Its weights are views.
@@ -44,6 +47,9 @@ pub struct Trainee {
 
 /// Asked between layers whether to give up.
 type Interrupted<'a> = dyn FnMut() -> bool + Send + 'a;
+
+/// Is shown what the projections of a layer read.
+type SeeInputs<'a> = dyn FnMut(usize, usize, [&[f32]; 2]) -> Result<(), GradientError> + Send + 'a;
 
 /// The rows of a batch whose prediction counts.
 struct Places {
@@ -187,6 +193,58 @@ impl Trainee {
             })?;
             Ok(seen?)
         })
+    }
+
+    /// Shows of each layer in `layers`, without factors, what the expert's projections read: its number, how many rows, and
+    /// `[rows, hidden]` and `[rows, inter]`, each row times the weight of its visit.
+    pub(super) fn see_inputs(
+        &self,
+        lessons: &[&Lesson],
+        layers: Range<usize>,
+        interrupted: &mut Interrupted<'_>,
+        see: &mut SeeInputs<'_>,
+    ) -> Result<(), GradientError> {
+        in_pool(|| {
+            let batch = self.batch(lessons)?;
+            let mut seen = Ok(());
+            self.forward(&batch, None, interrupted, |l, passed, _| {
+                if layers.contains(&l) && seen.is_ok() {
+                    seen = self
+                        .inputs(l, passed)
+                        .and_then(|[z, h]| see(l, z.len() / self.spec.hidden, [&z, &h]));
+                }
+            })?;
+            seen
+        })
+    }
+
+    /// What the projections read of the tokens that visit, times the weights of the visits.
+    fn inputs(&self, layer: usize, passed: &Passed) -> Result<[Vec<f32>; 2], GradientError> {
+        let hidden = self.spec.hidden;
+        let all = to_vec(&passed.mlp_input)?;
+        let visits: Vec<(usize, f32)> = match (&passed.routing, self.expert) {
+            (Some(routing), Some(expert)) => {
+                let slots = routing.ids.iter().zip(&routing.weights).enumerate();
+                let own = slots.filter(|(_, (id, _))| **id as usize == expert);
+                own.map(|(slot, (_, weight))| (slot / routing.top_k, *weight)).collect()
+            }
+            _ => (0..all.len() / hidden).map(|row| (row, 1.0)).collect(),
+        };
+        let rows = visits.iter().flat_map(|(row, _)| &all[row * hidden..(row + 1) * hidden]);
+        let mut z: Vec<f32> = rows.copied().collect();
+        if visits.is_empty() {
+            return Ok([Vec::new(), Vec::new()]);
+        }
+        let read = Tensor::from_slice(&z, (visits.len(), hidden), &Device::Cpu)?;
+        let expert = self.expert.unwrap_or(0);
+        let mut h = to_vec(&self.layers[layer].inside(expert, self.spec.activation, &read)?)?;
+        for values in [&mut z, &mut h] {
+            let width = values.len() / visits.len();
+            for (row, (_, weight)) in values.chunks_exact_mut(width).zip(&visits) {
+                row.iter_mut().for_each(|v| *v *= weight);
+            }
+        }
+        Ok([z, h])
     }
 
     /// Sum of the losses of the tokens that count, each times `weight`, and its gradient with respect to the factors.
@@ -375,13 +433,40 @@ impl Trainee {
                 Ok(self.head()?.losses(&rows, &Target::Next(&places.next), weights)?)
             }
             Goal::Teacher(teacher) => {
-                let batch = teacher.batch(lessons)?;
-                let taught = teacher.forward(&batch, None, interrupted, |_, _, _| ())?;
-                let head = teacher.head()?;
-                let states = head.states(&places.gather(&taught, teacher.spec.hidden)?)?;
-                Ok(self.head()?.losses(&rows, &Target::Other(&states, &head), weights)?)
+                let states = teacher.said_of(lessons, places, interrupted)?;
+                Ok(self.head()?.losses(
+                    &rows,
+                    &Target::Other(&states, &teacher.head()?),
+                    weights,
+                )?)
+            }
+            Goal::Said(teacher, states) => {
+                Ok(self.head()?.losses(&rows, &Target::Other(states, &teacher.head()?), weights)?)
             }
         }
+    }
+
+    /// What the model as it is makes of the places that count, `[places, hidden]`: for [`Goal::Said`].
+    ///
+    /// # Errors
+    /// [`GradientError`].
+    pub fn said(
+        &self,
+        lessons: &[&Lesson],
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Vec<f32>, GradientError> {
+        in_pool(|| self.said_of(lessons, &Places::of(lessons), interrupted))
+    }
+
+    fn said_of(
+        &self,
+        lessons: &[&Lesson],
+        places: &Places,
+        interrupted: &mut Interrupted<'_>,
+    ) -> Result<Vec<f32>, GradientError> {
+        let batch = self.batch(lessons)?;
+        let stream = self.forward(&batch, None, interrupted, |_, _, _| ())?;
+        Ok(self.head()?.states(&places.gather(&stream, self.spec.hidden)?)?)
     }
 
     /// Back through the layers down to the first one with factors; those that were not kept whole are computed again.

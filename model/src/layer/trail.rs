@@ -305,6 +305,23 @@ impl Moe {
     }
 }
 
+impl Layer {
+    /// `f(gate x) up x` of an expert, or of the MLP where there are none: `[rows, inter]` of `x [rows, hidden]`.
+    pub fn inside(
+        &self,
+        expert: usize,
+        activation: Activation,
+        x: &Tensor,
+    ) -> Result<Tensor, ModelError> {
+        let mlp = match &self.mlp {
+            Feed::Dense(mlp) => mlp,
+            Feed::Moe(moe) => &moe.experts[expert],
+        };
+        let (gate, up) = (linear(&mlp.gate, x, None)?, linear(&mlp.up, x, None)?);
+        Ok(gate.apply_op2_no_bwd(&up, &Gate(activation))?)
+    }
+}
+
 fn mlp_trail(
     mlp: &Expert,
     activation: Activation,
