@@ -154,6 +154,12 @@ mod tests {
         assert_eq!(out["rope_scaling"], Value::Null);
         assert_eq!(out["rope_parameters"], json!({"rope_theta": 1e6, "rope_type": "default"}));
         assert_eq!((&out["dtype"], &out["torch_dtype"]), (&json!("bfloat16"), &json!("bfloat16")));
+        let parts = json!({"vision_config": {}, "rope_scaling": {"type": "mrope"}});
+        let out = dense_config(&config(parts), None);
+        assert_eq!(
+            (&out["rope_scaling"]["type"], out.get("rope_parameters")),
+            (&json!("mrope"), None)
+        );
         let out =
             dense_config(&config(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})), None);
         assert_eq!(out["rope_scaling"], json!({"factor": 2.0, "rope_type": "linear"}));

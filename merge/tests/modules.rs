@@ -177,12 +177,40 @@ fn golden_encoder_and_decoder() {
     assert_eq!(first(&merged, (0..3).map(layer("decoder"))), [1.0, 1.5, 3.0]);
     let loose = ["encoder.final_layer_norm", "decoder.final_layer_norm", "shared"];
     assert_eq!(first(&merged, loose.map(|n| format!("{n}.weight"))), [1.0; 3]);
+    assert_eq!(merged.config.bool("tie_word_embeddings"), Some(true));
     let shorter = "merge_method: passthrough\nmodules:\n  shared: {models: [{model: a}]}\n  decoder: {models: [{model: a}]}\n  \
                    encoder: {slices: [{sources: [{model: b, layer_range: [1, 2]}]}]}\n";
     let merged = merge(folder.path(), shorter).unwrap();
     let layers = ["num_layers", "num_decoder_layers"].map(|k| merged.config.usize(k));
     assert_eq!(layers, [Some(1), Some(3)]);
     assert_eq!(merged.tensors.len(), 1 + 2 + 1 + 3);
+}
+
+#[test]
+fn what_the_configuration_says_of_the_head() {
+    let folder = tempfile::tempdir().unwrap();
+    let (embedding, head) =
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight");
+    let text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n";
+    let tied = |config: Value, names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+        two(folder.path(), &config, &names);
+        let config = merge(folder.path(), text).unwrap().config;
+        let keys = ["tie_word_embeddings", "text_config.tie_word_embeddings"];
+        keys.map(|k| config.at(k).and_then(Value::as_bool))
+    };
+    let silent = || json!({"model_type": "gemma3", "text_config": {}});
+    assert_eq!(tied(silent(), &[embedding]), [Some(true), None]);
+    assert_eq!(tied(silent(), &[embedding, head]), [Some(false), None]);
+    let nested = json!({"model_type": "gemma3", "text_config": {"tie_word_embeddings": true}});
+    assert_eq!(tied(nested.clone(), &[embedding]), [Some(true); 2]);
+    assert_eq!(tied(nested, &[embedding, head]), [Some(false); 2]);
+    // Only one model has a head: the embedding stands for that of the other.
+    let config = silent();
+    two(folder.path(), &config, &[embedding.to_owned()]);
+    let own = [(embedding.to_owned(), vec![3.0; 2]), (head.to_owned(), vec![5.0; 2])];
+    write_model(&folder.path().join("b"), &config, &own);
+    assert_eq!(values(&merge(folder.path(), text).unwrap(), head), [3.0; 2]);
 }
 
 #[test]

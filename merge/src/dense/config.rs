@@ -26,7 +26,7 @@ pub(super) struct Parts<'a> {
 /// The donor's configuration with the numbers of the result, and what a person has to change in it.
 pub(super) fn config(parts: &Parts<'_>) -> (ConfigJson, Vec<String>) {
     let mut config = parts.donor.config.clone();
-    let notes = parts.modules.iter().filter_map(|m| layers(parts, m, &mut config)).collect();
+    let notes = parts.modules.iter().flat_map(|m| layers(parts, m, &mut config)).collect();
     if let Some(dtype) = parts.recipe.out_dtype.or(parts.recipe.dtype) {
         let map = &mut config.0;
         let spelt: Vec<_> =
@@ -55,29 +55,38 @@ pub(super) fn config(parts: &Parts<'_>) -> (ConfigJson, Vec<String>) {
     (config, notes)
 }
 
-/// The number of layers of a module, and the kind of each; a note where the configuration has no place for the number.
-fn layers(parts: &Parts, module: &PlannedModule, config: &mut ConfigJson) -> Option<String> {
+/// The number of layers of a module, and the kind of each; what is told where the configuration has no place for the number,
+/// or names layers by their numbers.
+fn layers(parts: &Parts, module: &PlannedModule, config: &mut ConfigJson) -> Vec<String> {
     let Module { name, keys: Some(keys), .. } = &parts.family.modules[module.module] else {
-        return None;
+        return Vec::new();
     };
     let layers: usize = module.slices.iter().map(|s| s.layers).sum();
     let mut places: Vec<&String> = keys.iter().filter(|k| config.at(k).is_some()).collect();
     if places.is_empty() {
         places.extend(keys.first());
     }
-    let mut written = false;
+    let (mut written, mut notes) = (false, Vec::new());
     for key in places {
         written |= config.set_at(key, layers.into());
         let section = key.rsplit_once('.').map_or(String::new(), |(s, _)| format!("{s}."));
         layer_types(parts, module, layers, &format!("{section}layer_types"), config);
+        let by_number = |k: &&&str| !module.whole && config.at(&format!("{section}{k}")).is_some();
+        notes.extend(BY_NUMBER.iter().filter(by_number).map(|k| {
+            format!("`{section}{k}` in `config.json` names layers of `{name}` by their old numbers")
+        }));
     }
     let before = parts.family.layers(module.module, parts.donor);
-    (!written && layers != before).then(|| {
-        format!(
+    if !written && layers != before {
+        notes.push(format!(
             "`{name}` has {layers} layers instead of {before}, and no known key of `config.json` holds that number: change it there"
-        )
-    })
+        ));
+    }
+    notes
 }
+
+/// Lists of layers by number, which slices do not change.
+const BY_NUMBER: &[&str] = &["fullatt_block_indexes", "deepstack_visual_indexes"];
 
 /// The kind of each layer, in the section of the configuration that has its number.
 fn layer_types(
