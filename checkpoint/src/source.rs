@@ -82,6 +82,10 @@ pub const SIDE_FILES: &[&str] = &[
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "normalizer.json",
 ];
 
 /// How often a model may be replaced while it is opened.

@@ -68,12 +68,13 @@ fn sorted(config: Map<String, Value>) -> Map<String, Value> {
 
 /// Rotary settings, dtype, tied embeddings and version, as 4.x and 5.x look for them.
 fn both_spellings(base: &ConfigJson, config: &mut Map<String, Value>, dtype: Option<Dtype>) {
-    // gemma3 keeps one set of rotary settings per kind of layer: there is nothing to spell twice.
+    // gemma3 keeps one set of rotary settings per kind of layer, models of several parts one per part: there is nothing to
+    // spell twice.
     let nested = base
         .get("rope_parameters")
         .and_then(Value::as_object)
         .is_some_and(|p| p.values().any(Value::is_object));
-    if !nested {
+    if !nested && !base.several_parts() {
         let rope = rope_parameters(base);
         let mut scaling = rope.clone();
         let theta = scaling.remove("rope_theta").unwrap_or(json!(DEFAULT_THETA));
@@ -153,6 +154,12 @@ mod tests {
         assert_eq!(out["rope_scaling"], Value::Null);
         assert_eq!(out["rope_parameters"], json!({"rope_theta": 1e6, "rope_type": "default"}));
         assert_eq!((&out["dtype"], &out["torch_dtype"]), (&json!("bfloat16"), &json!("bfloat16")));
+        let parts = json!({"vision_config": {}, "rope_scaling": {"type": "mrope"}});
+        let out = dense_config(&config(parts), None);
+        assert_eq!(
+            (&out["rope_scaling"]["type"], out.get("rope_parameters")),
+            (&json!("mrope"), None)
+        );
         let out =
             dense_config(&config(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})), None);
         assert_eq!(out["rope_scaling"], json!({"factor": 2.0, "rope_type": "linear"}));

@@ -1,23 +1,23 @@
 //! Dense merges: which tensors go together, with which parameters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use moe_merge_checkpoint::publish::Interrupt;
-use moe_merge_checkpoint::{ConfigJson, SideContent, SideFile, Source, WeightRef, layout};
-use serde_json::Value;
+use moe_merge_checkpoint::{SideContent, SideFile, Source, layout};
 
 use crate::error::MergeError;
 use crate::experts::{ExpertMatch, MoeInputs};
 use crate::recipe::{
-    DenseRecipe, Input, Parts, Place, RecipeErrors, RowSpec, SourceSpec, TokenizerSpec,
-    VocabularySource,
+    DenseRecipe, Input, Place, RecipeErrors, RowSpec, SourceSpec, TokenizerSpec, VocabularySource,
 };
 use crate::sources::Trail;
 use crate::vocabulary::{Members, Vocabulary, with_template};
 
+mod config;
 mod fit;
 mod models;
+mod modules;
 mod names;
 mod raw;
 mod slices;
@@ -28,8 +28,9 @@ pub(crate) use fit::{Fitting, Watched};
 pub use raw::{Missing, raw, write_tensors};
 
 use models::Models;
-use names::{HEAD, after_layers};
-use slices::{Planned, plan};
+use modules::{Family, Module};
+use names::after_layers;
+use slices::{PlannedModule, plan};
 use tensors::Merge;
 pub use texts::TextReport;
 
@@ -82,36 +83,44 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
     let fuse = recipe.method.whole_tensor;
     let experts = MoeInputs::new(recipe.match_experts, recipe.match_neurons, fuse);
     let mut models = Models { trail, base_dir, recipe, opened: Vec::new(), experts, files: false };
-    let donor = match (&recipe.base_model, first_source(recipe)) {
+    let donor = match (&recipe.base_model, recipe.inputs().next()) {
         (Some(base), _) => models.open(base)?,
-        (None, Some(first)) => models.open(first)?,
+        (None, Some(first)) => models.open(&first.source)?,
         (None, None) => return Err(wrong(&recipe.place, "the recipe names no model").into()),
     };
-    let slices = plan(recipe, &mut models)?;
+    models.open_all()?;
+    models.check_families(donor)?;
+    let family = models.family(donor);
+    if recipe.method.activations.is_some() {
+        family.alone(recipe)?;
+    }
+    let modules = plan(recipe, &family, &mut models)?;
     let vocabulary = match &recipe.tokenizer {
         Some(spec) => Some(common_vocabulary(spec, recipe, &mut models)?),
         None => None,
     };
     models.check_families(donor)?;
     let matches = std::mem::take(&mut models.experts.matches);
-    let (models, vocabulary) = (&models, vocabulary.as_ref());
-    let mut merge =
-        Merge { recipe, models, vocabulary, tensors: BTreeMap::new(), fitted: BTreeMap::new() };
-    let mut offset = 0;
-    for (i, slice) in slices.iter().enumerate() {
-        if i == 0 {
-            merge.loose(slice, |name| !after_layers(name))?;
-        }
-        for layer in 0..slice.layers {
-            merge.layer(slice, layer, offset + layer)?;
-        }
-        offset += slice.layers;
-        if i + 1 == slices.len() {
-            merge.loose(slice, after_layers)?;
+    let (models, family, vocabulary) = (&models, &family, vocabulary.as_ref());
+    let (tensors, fitted) = (BTreeMap::new(), BTreeMap::new());
+    let mut merge = Merge { recipe, models, family, vocabulary, tensors, fitted };
+    for PlannedModule { slices, .. } in &modules {
+        let mut offset = 0;
+        for (i, slice) in slices.iter().enumerate() {
+            if i == 0 {
+                merge.loose(slice, |name| !after_layers(name))?;
+            }
+            for layer in 0..slice.layers {
+                merge.layer(slice, layer, offset + layer)?;
+            }
+            offset += slice.layers;
+            if i + 1 == slices.len() {
+                merge.loose(slice, after_layers)?;
+            }
         }
     }
     let (mut tensors, fitted) = (merge.tensors, merge.fitted);
-    let fitting = Fitting::new(recipe, members(recipe, models, &slices[0]), fitted)?;
+    let fitting = Fitting::new(recipe, members(recipe, models, &modules), fitted)?;
     let donor = &models.opened[donor].source;
     if fuse {
         tensors = layout::canonical(tensors, &donor.config)?;
@@ -122,31 +131,65 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
             files.push(file.clone());
         }
     }
-    let matched = matches.iter().map(ExpertMatch::note);
+    let (config, changes) = config::config(&config::Parts {
+        recipe,
+        models,
+        family,
+        donor,
+        modules: &modules,
+        vocabulary,
+        tensors: &tensors,
+    });
+    let notes = models.opened.iter().flat_map(|m| m.source.notes.clone());
+    let notes = notes.chain(matches.iter().map(ExpertMatch::note));
+    let kept = |name: &str| modules.iter().any(|m| m.whole && family.holds(m.module, name));
     let source = Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),
-        config: config(recipe, models, donor, &slices, vocabulary, &tensors),
+        config,
         tensors,
-        other: match recipe.parts {
-            Parts::Models(_) => donor.other.clone(),
-            Parts::Slices(_) => Vec::new(),
-        },
+        other: donor.other.iter().filter(|o| kept(&o.name)).cloned().collect(),
         files,
         side: side_files(recipe, models, donor, vocabulary)?,
-        notes: models.opened.iter().flat_map(|m| m.source.notes.clone()).chain(matched).collect(),
+        notes: notes.chain(left_out(models, family, &modules)).chain(changes).collect(),
     };
     Ok(Opened { source, matched: matches, fitting })
+}
+
+/// What is told of modules, and of layers of whole modules, that are not in the result.
+fn left_out(models: &Models, family: &Family, planned: &[PlannedModule]) -> Vec<String> {
+    let names: BTreeSet<&String> =
+        models.opened.iter().flat_map(|m| m.source.tensors.keys()).collect();
+    let mut notes = Vec::new();
+    for (i, Module { name, .. }) in family.modules.iter().enumerate() {
+        let own = names.iter().filter(|n| family.holds(i, n));
+        let Some(planned) = planned.iter().find(|p| p.module == i) else {
+            let tensors = own.count();
+            notes.push(format!(
+                "the recipe does not name the module `{name}`: its {tensors} tensors are left out"
+            ));
+            continue;
+        };
+        let layers = planned.slices.iter().map(|s| s.layers).sum();
+        let beyond = |n: &&&String| family.split(i, n).is_some_and(|(l, ..)| l >= layers);
+        let mut beyond = own.filter(beyond).peekable();
+        if let (true, Some(first)) = (planned.whole, beyond.peek()) {
+            notes.push(format!(
+                "`config.json` counts {layers} layers: tensors of layers beyond them are left out, `{first}` first"
+            ));
+        }
+    }
+    notes
 }
 
 /// The models of a recipe that are merged, its base left out, in order.
 fn members<'r>(
     recipe: &'r DenseRecipe,
     models: &Models,
-    slice: &Planned,
+    modules: &[PlannedModule],
 ) -> Vec<(Source, &'r Input)> {
-    let Parts::Models(inputs) = &recipe.parts else { return Vec::new() };
-    let all = inputs.iter().zip(&slice.inputs).enumerate();
+    let Some(slice) = modules.first().and_then(|m| m.slices.first()) else { return Vec::new() };
+    let all = recipe.inputs().zip(&slice.inputs).enumerate();
     all.filter(|(i, _)| Some(*i) != slice.base)
         .map(|(_, (input, planned))| (models.opened[planned.model].source.clone(), input))
         .collect()
@@ -214,60 +257,4 @@ fn side_files(
 
 fn wrong(place: &Place, what: impl Into<String>) -> RecipeErrors {
     RecipeErrors(vec![place.error(what)])
-}
-
-fn first_source(recipe: &DenseRecipe) -> Option<&SourceSpec> {
-    match &recipe.parts {
-        Parts::Models(models) => models.first().map(|m| &m.source),
-        Parts::Slices(slices) => slices.first()?.sources.first().map(|s| &s.source),
-    }
-}
-
-fn config(
-    recipe: &DenseRecipe,
-    models: &Models,
-    donor: &Source,
-    slices: &[Planned],
-    vocabulary: Option<&Vocabulary>,
-    tensors: &BTreeMap<String, WeightRef>,
-) -> ConfigJson {
-    let mut config = donor.config.clone();
-    let map = &mut config.0;
-    let layers: usize = slices.iter().map(|s| s.layers).sum();
-    map.insert("num_hidden_layers".into(), layers.into());
-    if map.get("layer_types").is_some_and(Value::is_array) {
-        let mut types = Vec::new();
-        for input in slices.iter().filter_map(|s| s.inputs.first()) {
-            let own = models.opened[input.model].source.config.get("layer_types");
-            let own = own.and_then(|t| t.as_array()).and_then(|t| t.get(input.range.clone()));
-            types.extend(own.into_iter().flatten().cloned());
-        }
-        if types.len() == layers {
-            map.insert("layer_types".into(), types.into());
-        } else {
-            map.shift_remove("layer_types");
-        }
-    }
-    if let Some(dtype) = recipe.out_dtype.or(recipe.dtype) {
-        let spelt: Vec<_> =
-            ["dtype", "torch_dtype"].into_iter().filter(|k| map.contains_key(*k)).collect();
-        for key in if spelt.is_empty() { vec!["torch_dtype"] } else { spelt } {
-            map.insert(key.into(), dtype.config_name().into());
-        }
-    }
-    if let Some(vocabulary) = vocabulary {
-        map.insert("vocab_size".into(), vocabulary.rows.into());
-        // Numbers of special tokens go with the vocabulary.
-        let own = &models.opened[vocabulary.donor].source.config;
-        for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-            if let Some(value) = own.get(key) {
-                map.insert(key.into(), value.clone());
-            }
-        }
-    }
-    let tied = map.get("tie_word_embeddings").and_then(Value::as_bool) == Some(true);
-    if tied && tensors.contains_key(HEAD) {
-        map.insert("tie_word_embeddings".into(), false.into());
-    }
-    config
 }

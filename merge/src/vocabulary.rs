@@ -210,6 +210,8 @@ pub(crate) fn has_vocabulary_axis(name: &str, shape: &[usize], rows: usize) -> b
     const PARTS: &[&str] = &[
         "embed_tokens",
         "lm_head",
+        "proj_out",
+        "shared",
         "wte",
         "word_embeddings",
         "embed_in",

@@ -162,7 +162,7 @@ self_text: null
     assert_eq!(moe.evaluation[1], ("code".to_owned(), folder.path().join("p.jsonl")));
     let Attention::Merge(average) = &moe.attention else { panic!("average") };
     assert_eq!(average.method.name, "linear");
-    let recipe::Parts::Models(models) = &average.parts else { panic!("models") };
+    let recipe::Parts::Models(models) = &average.modules[0].parts else { panic!("models") };
     assert_eq!(models.len(), 3);
 }
 

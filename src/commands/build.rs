@@ -188,6 +188,7 @@ fn plan(prepared: &Prepared, common: &Common) -> Result<Outcome, Failure> {
 }
 
 fn dense_plan(prepared: &PreparedDense, common: &Common) -> Result<Outcome, Failure> {
+    notes(prepared.notes(), common);
     match common.json {
         true => render::json(
             &json!({"version": 1, "output": prepared.target, "disk_bytes": prepared.bytes}),

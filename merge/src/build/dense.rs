@@ -87,6 +87,11 @@ impl PreparedDense {
         })
     }
 
+    /// What a person should know of it, as far as that is known before anything is computed.
+    pub fn notes(&self) -> &[String] {
+        &self.source.notes
+    }
+
     /// Computes, writes, publishes.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::path::Path;
 use moe_merge_checkpoint::publish::Interrupt;
 use moe_merge_checkpoint::{Source, located};
 
-use super::names::split;
+use super::modules::Family;
 use super::texts::{Amount, same_tokens};
 use crate::error::MergeError;
 use crate::experts::MoeInputs;
@@ -30,7 +30,6 @@ pub(super) struct Opened {
     identity: String,
     pub source: Source,
     place: Place,
-    pub layers: usize,
 }
 
 impl Models<'_> {
@@ -49,15 +48,37 @@ impl Models<'_> {
         };
         let texts = |first: &Source, other: &Source| all_texts(self.recipe, first, other);
         let source = self.experts.take(source, &texts).map_err(|e| e.at(&spec.place))?;
-        let in_names =
-            || source.tensors.keys().filter_map(|n| split(n)).map(|(l, _, _)| l + 1).max();
-        // Files of tensors are merged name by name, whatever their names look like.
-        let layers = match self.files {
-            true => 0,
-            false => source.config.usize("num_hidden_layers").or_else(in_names).unwrap_or(0),
-        };
-        self.opened.push(Opened { identity, source, place: spec.place.clone(), layers });
+        self.opened.push(Opened { identity, source, place: spec.place.clone() });
         Ok(self.opened.len() - 1)
+    }
+
+    /// Opens all models that are merged, in the order of the recipe.
+    pub fn open_all(&mut self) -> Result<(), MergeError> {
+        let recipe = self.recipe;
+        for module in &recipe.modules {
+            match &module.parts {
+                Parts::Models(inputs) => {
+                    for spec in inputs.iter().map(|i| &i.source).chain(&recipe.base_model) {
+                        self.open(spec)?;
+                    }
+                }
+                Parts::Slices(slices) => {
+                    for slice in slices {
+                        let sources = slice.sources.iter().map(|i| &i.source);
+                        for spec in sources.chain(&slice.base_model) {
+                            self.open(spec)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The modules that the models have; `donor` gives the configuration.
+    pub fn family(&self, donor: usize) -> Family {
+        let names = self.opened.iter().flat_map(|m| m.source.tensors.keys().map(String::as_str));
+        Family::of(&self.opened[donor].source.config, &names.collect())
     }
 
     /// The same text for the same model, however its path is spelt.
@@ -114,11 +135,9 @@ fn all_texts(
 ) -> Result<Vec<Vec<u32>>, MergeError> {
     same_tokens(first, other, "`match_experts: activations`")?;
     let mut text = ModelText::default();
-    if let Parts::Models(inputs) = &recipe.parts {
-        for input in inputs {
-            text.prompts.extend(input.text.prompts.iter().cloned());
-            text.files.extend(input.text.files.iter().cloned());
-        }
+    for input in recipe.inputs() {
+        text.prompts.extend(input.text.prompts.iter().cloned());
+        text.files.extend(input.text.files.iter().cloned());
     }
     let amount = Amount::of(recipe);
     let (place, interrupt) = (&recipe.place, Interrupt::default());

@@ -13,15 +13,29 @@ pub(super) fn split(name: &str) -> Option<(usize, &str, &str)> {
     None
 }
 
-/// Whether a tensor outside the layers stands after them: final norm and head.
+/// Whether a tensor outside the layers stands after them: final norm and head, what a vision tower gives its output to.
 pub(super) fn after_layers(name: &str) -> bool {
-    !name.contains("embed") && (name.contains("norm") || name.contains("lm_head"))
+    let after = ["norm", "lm_head", "vision_adapter"].iter().any(|part| name.contains(part));
+    after && !name.contains("embed") && !name.contains("norm_pre")
 }
 
-/// The head, which may be the embedding.
-pub(super) const HEAD: &str = "lm_head.weight";
-/// The embedding.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Heads, as far as they may be the embedding.
+pub(super) const HEADS: &[&str] = &["lm_head.weight", "language_model.lm_head.weight"];
+
+/// The tensors that one may be the same as, and that stand for it where it is not stored.
+pub(super) fn tied(name: &str) -> &'static [&'static str] {
+    match name {
+        "lm_head.weight" => &[
+            "model.embed_tokens.weight",
+            "model.language_model.embed_tokens.weight",
+            "shared.weight",
+        ],
+        "language_model.lm_head.weight" => &["language_model.model.embed_tokens.weight"],
+        "proj_out.weight" => &["model.decoder.embed_tokens.weight"],
+        "encoder.embed_tokens.weight" | "decoder.embed_tokens.weight" => &["shared.weight"],
+        _ => &[],
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@ use moe_merge_checkpoint::write::{OutTensor, ShardName, ShardPlan, Watch, write_
 use moe_merge_checkpoint::{CheckpointError, Replace, Source};
 
 use super::models::Models;
+use super::modules::Family;
 use super::slices::{Planned, PlannedInput, check_count, plan};
 use super::tensors::Merge;
 use super::wrong;
@@ -37,7 +38,7 @@ pub enum Missing {
 /// # Source
 /// mergekit `scripts/merge_raw_pytorch.py`.
 pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<Source, MergeError> {
-    if !matches!(recipe.parts, Parts::Models(_)) {
+    if !recipe.modules.iter().all(|m| matches!(m.parts, Parts::Models(_))) {
         return Err(wrong(&recipe.place, "files of tensors have no layers: write `models`").into());
     }
     if recipe.method.activations.is_some() {
@@ -49,16 +50,18 @@ pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<So
     let experts = MoeInputs::default();
     let mut models =
         Models { trail: &trail, base_dir, recipe, opened: Vec::new(), experts, files: true };
-    let slices = plan(recipe, &mut models)?;
+    let family = Family::of_files();
+    let modules = plan(recipe, &family, &mut models)?;
     let mut merge = Merge {
         recipe,
         models: &models,
+        family: &family,
         vocabulary: None,
         tensors: Default::default(),
         fitted: Default::default(),
     };
     let mut dropped = Vec::new();
-    for slice in &slices {
+    for slice in modules.iter().flat_map(|m| &m.slices) {
         let names: BTreeSet<String> =
             slice.inputs.iter().flat_map(|i| merge.source(i).tensors.keys().cloned()).collect();
         for name in names {
@@ -124,12 +127,8 @@ fn subset<'a>(
     slice: &Planned<'a>,
     name: &str,
 ) -> Result<Planned<'a>, MergeError> {
-    let mut part = Planned {
-        inputs: Vec::new(),
-        base: None,
-        layers: slice.layers,
-        parameters: slice.parameters,
-    };
+    let (module, layers, levels) = (slice.module, slice.layers, slice.levels);
+    let mut part = Planned { module, inputs: Vec::new(), base: None, layers, levels };
     for (i, input) in slice.inputs.iter().enumerate() {
         if merge.source(input).tensors.contains_key(name) {
             if slice.base == Some(i) {

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
 
 use super::models::Models;
-use super::names::{EMBEDDING, HEAD, split};
+use super::modules::Family;
+use super::names::tied;
 use super::slices::{Planned, PlannedInput};
 use crate::error::MergeError;
 use crate::experts::filter_names;
@@ -18,6 +19,7 @@ use crate::vocabulary::{Vocabulary, has_vocabulary_axis};
 pub(super) struct Merge<'a, 'm> {
     pub recipe: &'a DenseRecipe,
     pub models: &'a Models<'m>,
+    pub family: &'a Family,
     pub vocabulary: Option<&'a Vocabulary>,
     pub tensors: BTreeMap<String, WeightRef>,
     /// For methods that look at activations, of each tensor: the weights of the models beside the base, and `alpha`.
@@ -30,11 +32,14 @@ impl Merge<'_, '_> {
         &self.models.opened[input.model].source
     }
 
-    /// Tensors outside the layers for which `wanted` holds.
+    /// Tensors of the module outside its layers for which `wanted` holds.
     pub fn loose(&mut self, slice: &Planned, wanted: fn(&str) -> bool) -> Result<(), MergeError> {
         let of = |i: &PlannedInput| self.source(i).tensors.keys().cloned().collect::<Vec<_>>();
         let names: BTreeSet<_> = slice.inputs.iter().flat_map(of).collect();
-        for name in names.into_iter().filter(|n| split(n).is_none() && wanted(n)) {
+        let family = self.family;
+        let loose =
+            |n: &str| family.holds(slice.module, n) && family.split(slice.module, n).is_none();
+        for name in names.into_iter().filter(|n| loose(n) && wanted(n)) {
             let inputs = vec![name.clone(); slice.inputs.len()];
             self.tensor(slice, 0.0, &inputs, name)?;
         }
@@ -52,7 +57,7 @@ impl Merge<'_, '_> {
         for input in &slice.inputs {
             let number = input.range.start + layer;
             for name in self.source(input).tensors.keys() {
-                match split(name) {
+                match self.family.split(slice.module, name) {
                     Some((l, head, tail)) if l == number => {
                         names.insert((head.to_owned(), tail.to_owned()));
                     }
@@ -177,7 +182,7 @@ impl Merge<'_, '_> {
         }
     }
 
-    /// Values of the per-model parameters: source, slice, recipe, default; the first that is given.
+    /// Values of the per-model parameters: source, slice, module, recipe, default; the first that is given.
     fn own(
         &self,
         slice: &Planned,
@@ -186,9 +191,8 @@ impl Merge<'_, '_> {
     ) -> Result<Vec<Vec<f64>>, RecipeErrors> {
         let mut all = Vec::new();
         for (i, (input, name)) in slice.inputs.iter().zip(names).enumerate() {
-            let recipe = [Some(&self.recipe.module), Some(&self.recipe.parameters)];
-            let levels = [input.parameters, slice.parameters].into_iter().chain(recipe);
-            let levels: Vec<_> = levels.collect();
+            let [of_slice, of_module, of_recipe] = slice.levels;
+            let levels = [input.parameters, of_slice, of_module, of_recipe];
             let known_as = filter_names(name);
             let mut values = Vec::new();
             for p in self.recipe.method.parameters.iter().filter(|p| p.scope == Scope::Model) {
@@ -205,14 +209,13 @@ impl Merge<'_, '_> {
     }
 
     fn global(&self, slice: &Planned, t: f64, output: &str) -> Result<Vec<f64>, RecipeErrors> {
-        let recipe = &self.recipe;
-        let levels = [slice.parameters, Some(&recipe.module), Some(&recipe.parameters)];
         let known_as = filter_names(output);
         let parameters = self.recipe.method.parameters.iter();
         parameters
             .filter(|p| p.scope == Scope::Global)
             .map(|p| {
-                let given = levels.iter().flatten().find_map(|l| l.get(p.name)?.at(t, &known_as));
+                let levels = slice.levels.iter().flatten();
+                let given = levels.into_iter().find_map(|l| l.get(p.name)?.at(t, &known_as));
                 let missing = || self.missing(&self.recipe.place, p.name, output);
                 given.or(p.default).ok_or_else(missing)
             })
@@ -231,7 +234,7 @@ impl Merge<'_, '_> {
 }
 
 fn tensor_or_tied<'s>(source: &'s Source, name: &str) -> Option<&'s WeightRef> {
-    let tied = || source.tensors.get(EMBEDDING).filter(|_| name == HEAD);
+    let tied = || tied(name).iter().find_map(|n| source.tensors.get(*n));
     source.tensors.get(name).or_else(tied)
 }
 

@@ -26,12 +26,10 @@ pub struct DenseRecipe {
     pub method: &'static Method,
     /// The model that task vectors are taken against; also gives config and tokenizer.
     pub base_model: Option<SourceSpec>,
-    /// What is merged.
-    pub parts: Parts,
+    /// What is merged, by module; a single entry without a name for all modules.
+    pub modules: Vec<ModuleSpec>,
     /// Parameters for everything.
     pub parameters: Parameters,
-    /// Parameters that stand beside `models` or `slices` within a module: they come before those for everything.
-    pub module: Parameters,
     /// Dtype that the models are rounded to, and of the arithmetic; as stored by default.
     pub dtype: Option<Dtype>,
     /// Dtype of the arithmetic instead: models are taken as they are stored, and only the result is rounded.
@@ -72,13 +70,55 @@ pub enum MatchExperts {
     Activations,
 }
 
-/// What a dense merge merges.
+impl DenseRecipe {
+    /// Its models with their parameters, in order; sources of slices too.
+    pub fn inputs(&self) -> impl Iterator<Item = &Input> {
+        self.modules.iter().flat_map(|m| m.parts.inputs())
+    }
+}
+
+/// A module of the models, text decoder or vision tower, and how it is merged.
+#[derive(Debug, Clone)]
+pub struct ModuleSpec {
+    /// Its name; `None` for `models` and `slices` of the recipe itself, which are about all modules.
+    pub name: Option<String>,
+    /// What is merged.
+    pub parts: Parts,
+    /// Parameters for this module.
+    pub parameters: Parameters,
+    /// Where it stands.
+    pub place: Place,
+}
+
+impl ModuleSpec {
+    /// `models` of the recipe itself.
+    pub fn of_models(models: Vec<Input>, place: Place) -> Self {
+        Self { name: None, parts: Parts::Models(models), parameters: Parameters::new(), place }
+    }
+}
+
+/// What is merged.
 #[derive(Debug, Clone)]
 pub enum Parts {
     /// Whole models.
     Models(Vec<Input>),
     /// Layers, one slice after the other.
     Slices(Vec<Slice>),
+}
+
+impl Parts {
+    /// The models, or the sources of all slices.
+    pub fn inputs(&self) -> impl Iterator<Item = &Input> {
+        let (models, slices) = match self {
+            Self::Models(models) => (models.as_slice(), &[][..]),
+            Self::Slices(slices) => (&[][..], slices.as_slice()),
+        };
+        models.iter().chain(slices.iter().flat_map(|s: &Slice| &s.sources))
+    }
+
+    fn all_with_base(&self) -> bool {
+        matches!(self, Self::Slices(slices) if slices.iter().all(|s| s.base_model.is_some()))
+    }
 }
 
 /// A model with its parameters.
@@ -130,16 +170,7 @@ impl Reader {
         let method = self.method(&object);
         let base_model = self.source_at(&object, "base_model");
         let parameters = self.parameters(&object, method, Level::Shared);
-        let module = self.module(&object);
-        let within = match &module {
-            Some(Ok(module)) => module,
-            _ => &object,
-        };
-        let module_parameters = match &module {
-            Some(Ok(module)) => self.parameters(module, method, Level::Shared),
-            _ => Parameters::new(),
-        };
-        let parts = if matches!(module, Some(Err(()))) { None } else { self.parts(within, method) };
+        let modules = self.modules(&object, method);
         let dtype = self.dtype_at(&object, "dtype");
         let compute = self.dtype_at(&object, "compute");
         let out_dtype = self.dtype_at(&object, "out_dtype");
@@ -168,22 +199,21 @@ impl Reader {
             && method.base == methods::Base::Required
             && base_model.is_none()
             && !object.has("base_model")
-            && !matches!(&parts, Some(Parts::Slices(s)) if s.iter().all(|s| s.base_model.is_some()))
+            && (modules.is_empty() || !modules.iter().all(|m| m.parts.all_with_base()))
         {
             let what = format!("`{}` needs a `base_model`", method.name);
             self.error(object.at, &join(path, "base_model"), what);
         }
         if let Some(method) = method {
             let compares = match_experts == Some(MatchExperts::Activations);
-            self.check_text(&object, method, parts.as_ref(), self_text, compares);
+            self.check_text(&object, method, &modules, self_text, compares);
         }
         (self.errors.len() == before).then_some(())?;
         Some(DenseRecipe {
             method: method?,
             base_model,
-            parts: parts?,
+            modules,
             parameters,
-            module: module_parameters,
             dtype,
             compute,
             out_dtype,
@@ -205,21 +235,18 @@ impl Reader {
         &mut self,
         object: &Object,
         method: &Method,
-        parts: Option<&Parts>,
+        modules: &[ModuleSpec],
         self_text: Option<usize>,
         compares: bool,
     ) {
-        let models = match parts {
-            Some(Parts::Models(models)) => models.as_slice(),
-            _ => &[],
-        };
+        let models = || modules.iter().flat_map(|m| m.parts.inputs());
         if method.activations.is_none() && compares {
             return;
         }
         if method.activations.is_none() {
             let given = ["self_text", "prompt_tokens"].into_iter().filter_map(|k| object.get(k));
             let mut places: Vec<_> = given.map(|(node, path)| (node.at, path)).collect();
-            let with = models.iter().filter(|m| !m.text.is_empty()).map(|m| &m.source.place);
+            let with = models().filter(|m| !m.text.is_empty()).map(|m| &m.source.place);
             places.extend(with.map(|p| (p.at, p.path.clone())));
             for (at, path) in places {
                 let what = format!("`{}` looks at no text", method.name);
@@ -237,12 +264,19 @@ impl Reader {
             self.error(node.at, &path, what).hint =
                 Some("give the models one vocabulary first, in a recipe of its own".into());
         }
-        if matches!(parts, Some(Parts::Slices(_))) {
+        let key = match modules {
+            [_, _, ..] => Some("modules"),
+            [one] if matches!(one.parts, Parts::Slices(_)) => Some("slices"),
+            _ => None,
+        };
+        if let Some(key) = key {
             let what = format!("`{}` runs whole models", method.name);
-            self.error(object.at, &join(&object.path, "slices"), what).expected =
-                Some("`models`".into());
+            let error = self.error(object.at, &join(&object.path, key), what);
+            error.expected = Some("`models`".into());
+            error.hint =
+                Some("merge modules and slices by weights alone, as with `tsv` or `linear`".into());
         }
-        for model in models.iter().filter(|m| m.text.is_empty() && self_text == Some(0)) {
+        for model in models().filter(|m| m.text.is_empty() && self_text == Some(0)) {
             let place = &model.source.place;
             let what = "a model has no text, and `self_text: 0` lets it write none";
             self.error(place.at, &place.path, what).expected =
@@ -250,33 +284,38 @@ impl Reader {
         }
     }
 
-    /// The only entry of `modules`, where there is that key: what a model of one part calls `default`.
-    fn module<'a>(&mut self, object: &Object<'a>) -> Option<Result<Object<'a>, ()>> {
-        let (node, path) = object.get("modules")?;
+    /// The entries of `modules`, or the only one where there is no such key; none after an error.
+    fn modules(&mut self, object: &Object, method: Option<&'static Method>) -> Vec<ModuleSpec> {
+        let mut modules = Vec::new();
+        let Some((node, path)) = object.get("modules") else {
+            let place = self.place(object.at, &object.path);
+            let (name, parameters) = (None, Parameters::new());
+            let parts = self.parts(object, method);
+            modules.extend(parts.map(|parts| ModuleSpec { name, parts, parameters, place }));
+            return modules;
+        };
         if object.has("models") || object.has("slices") {
             let error = self.error(node.at, &path, "`modules` stands beside `models` or `slices`");
             error.expected = Some("exactly one of `models`, `slices` and `modules`".into());
-            return Some(Err(()));
+            return modules;
         }
-        match &node.value {
-            Value::Map(entries) if entries.len() == 1 => {
-                let (key, value) = &entries[0];
-                let path = join(&path, &key.text);
-                Some(self.object(value, &path, schema::MODULE, "a module").ok_or(()))
-            }
-            Value::Map(_) => {
-                let error =
-                    self.error(node.at, &path, "models of several modules are not supported");
-                error.expected = Some("one module, with `models` or `slices`".into());
-                error.hint =
-                    Some("merge the parts one by one, each model with the others left out".into());
-                Some(Err(()))
-            }
-            _ => {
-                self.wrong(node, &path, "a mapping of modules");
-                Some(Err(()))
-            }
+        let Value::Map(entries) = &node.value else {
+            self.wrong(node, &path, "a mapping of modules");
+            return modules;
+        };
+        if entries.is_empty() {
+            self.wrong(node, &path, "at least one module");
         }
+        for (key, value) in entries {
+            let path = join(&path, &key.text);
+            let keys = schema::MODULE;
+            let Some(object) = self.object(value, &path, keys, "a module") else { continue };
+            let parameters = self.parameters(&object, method, Level::Shared);
+            let Some(parts) = self.parts(&object, method) else { continue };
+            let (name, place) = (Some(key.text.clone()), self.place(key.at, &path));
+            modules.push(ModuleSpec { name, parts, parameters, place });
+        }
+        modules
     }
 
     /// `models` or `slices`, exactly one of them.

@@ -26,7 +26,9 @@ mod stages;
 mod tokenizer;
 
 pub use align::{ALIGN_METHODS, Align, AlignMethod};
-pub use dense::{DenseRecipe, Input, MatchExperts, ModelText, Parameters, Parts, Slice};
+pub use dense::{
+    DenseRecipe, Input, MatchExperts, ModelText, ModuleSpec, Parameters, Parts, Slice,
+};
 pub use error::{Location, RecipeError, RecipeErrors};
 pub use file::read;
 pub use moe::{ARCHITECTURES, Architecture, Attention, Choice, Expert, GateMode, MoeRecipe};

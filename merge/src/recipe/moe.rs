@@ -8,7 +8,7 @@ use moe_merge_checkpoint::Dtype;
 use moe_merge_router::{ESTIMATORS, Estimator, Method as RouterMethod};
 
 use super::align::Align;
-use super::dense::{DenseRecipe, Input, MatchExperts, ModelText, Parameters, Parts};
+use super::dense::{DenseRecipe, Input, MatchExperts, ModelText, ModuleSpec, Parameters};
 use super::node::{Node, Value};
 use super::prompts::ExpertFile;
 use super::reader::{Object, Reader, as_bool};
@@ -567,9 +567,8 @@ impl Reader {
             Attention::Merge(Box::new(DenseRecipe {
                 method,
                 base_model,
-                parts: Parts::Models(models),
+                modules: vec![ModuleSpec::of_models(models, place.clone())],
                 parameters,
-                module: Parameters::new(),
                 dtype,
                 compute: None,
                 out_dtype: None,

@@ -12,7 +12,14 @@ const SECTIONS: &[(&str, &str)] = &[
     ("model", "A model, under `models`"),
     ("slice", "An output slice, under `slices`"),
     ("slice_source", "A source of a slice, under `sources`"),
-    ("module", "The part that the models have, under `modules`"),
+    (
+        "module",
+        "A part of the models with layers of its own, under `modules`: `default` in most families; `text_decoder`, \
+         `multi_modal_projector` and `vision_tower` (llama4: `vision_model`) in gemma3, llama4, mistral3, qwen2_vl, qwen2_5_vl, \
+         qwen3_vl and qwen3_vl_moe; `encoder` and `decoder` in t5, with `shared`, and whisper. In other families of several \
+         stacks of layers what stands before the number is the name (`encoder.layers`), and `default` is the rest. A \
+         module that is not named is not written",
+    ),
     ("tokenizer", "The vocabulary of a dense merge, under `tokenizer`"),
     ("token", "A token, under `tokenizer.tokens`"),
     ("row", "Where the row of a token is, under `source` of a token"),

@@ -162,7 +162,7 @@ pub const DENSE: &[Key] = &[
     key("merge_method", Shape::Name(methods), "the method").required(),
     key("base_model", Shape::Source, "the model that task vectors are taken against")
         .default("none; the first model gives config and tokenizer"),
-    key("models", Shape::Objects("model"), "whole models; exactly one of `models` and `slices`")
+    key("models", Shape::Objects("model"), "whole models; exactly one of `models`, `slices` and `modules`")
         .default("none"),
     key("slices", Shape::Objects("slice"), "layers of models, one slice after the other")
         .default("none"),
@@ -217,17 +217,18 @@ pub const DENSE: &[Key] = &[
     key(
         "modules",
         Shape::Map("module"),
-        "the same as `models` or `slices`, within the one part that the models have",
+        "parts of the models by name, each with `models` or `slices` of its own; others are left out",
     )
     .default("none"),
 ];
 
-/// A part of the models of a dense merge recipe.
+/// A module of the models of a dense merge recipe.
 pub const MODULE: &[Key] = &[
-    key("models", Shape::Objects("model"), "whole models").default("none"),
-    key("slices", Shape::Objects("slice"), "layers of models, one slice after the other")
+    key("models", Shape::Objects("model"), "all its layers; exactly one of `models` and `slices`")
         .default("none"),
-    key("parameters", Shape::Parameters, "parameters for this part").default("the recipe's"),
+    key("slices", Shape::Objects("slice"), "layers of it, one slice after the other")
+        .default("none"),
+    key("parameters", Shape::Parameters, "parameters for this module").default("the recipe's"),
 ];
 
 /// A model of a dense merge recipe.

@@ -64,13 +64,13 @@ impl TokenizerFile {
             add(text, token["id"].as_u64().unwrap_or(u64::MAX))?;
         }
         let most = ids.values().map(|id| *id as usize + 1).max().unwrap_or(0);
-        let rows = source.config.usize("vocab_size").unwrap_or(most);
+        let rows = rows_of(source).unwrap_or(most);
         Ok(Some(Self { json, ids, rows, changed: false }))
     }
 
     /// The same tokens over the rows of another model.
     pub fn with_rows_of(mut self, source: &Source) -> Self {
-        self.rows = source.config.usize("vocab_size").unwrap_or(self.rows);
+        self.rows = rows_of(source).unwrap_or(self.rows);
         self
     }
 
@@ -238,4 +238,10 @@ impl TokenizerFile {
         }
         Ok(files)
     }
+}
+
+/// Rows of the vocabulary as the configuration says, whose text part may be a section of its own.
+fn rows_of(source: &Source) -> Option<usize> {
+    let nested = || source.config.at("text_config.vocab_size")?.as_u64().map(|n| n as usize);
+    source.config.usize("vocab_size").or_else(nested)
 }

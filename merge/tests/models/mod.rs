@@ -140,6 +140,15 @@ impl TinyModel {
     }
 }
 
+/// A model of any family: its configuration, and tensors by name, each one row of numbers.
+#[allow(dead_code)] // each test file uses its part
+pub fn write_model(folder: &Path, config: &Value, tensors: &[(String, Vec<f32>)]) {
+    fs_err::create_dir_all(folder).unwrap();
+    fs_err::write(folder.join("config.json"), config.to_string()).unwrap();
+    let tensors = tensors.iter().map(|(name, row)| (name.clone(), (vec![row.len()], row.clone())));
+    write(&folder.join("model.safetensors"), &tensors.collect(), Dtype::F32);
+}
+
 /// A safetensors file: header length, header, numbers.
 fn write(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>, dtype: Dtype) {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
