@@ -47,16 +47,23 @@ pub fn moe_config(
     config.insert("intermediate_size".into(), json!(shape.dims.intermediate));
     config.insert("num_key_value_heads".into(), json!(shape.dims.kv_heads));
     family.configure(&mut config, shape);
-    both_spellings(base, &mut config, Some(dtype));
+    let tied = base.bool("tie_word_embeddings").unwrap_or(false);
+    config.insert("tie_word_embeddings".into(), json!(tied));
+    rotary(base, &mut config);
+    dtype_and_version(&mut config, Some(dtype));
     sorted(config)
 }
 
-/// The configuration of a dense output: the base's, in both spellings.
+/// The configuration of a dense output: the base's, in both spellings. Where it is silent, loaders have the defaults of its
+/// family, which differ.
 pub fn dense_config(base: &ConfigJson, dtype: Option<Dtype>) -> Map<String, Value> {
     let mut config = base.0.clone();
     config.remove("_name_or_path");
     config.remove("quantization_config");
-    both_spellings(base, &mut config, dtype.or(base.dtype()));
+    if base.f64("rope_theta").is_some() || base.at("rope_parameters.rope_theta").is_some() {
+        rotary(base, &mut config);
+    }
+    dtype_and_version(&mut config, dtype.or(base.dtype()));
     sorted(config)
 }
 
@@ -66,34 +73,33 @@ fn sorted(config: Map<String, Value>) -> Map<String, Value> {
     entries.into_iter().collect()
 }
 
-/// Rotary settings, dtype, tied embeddings and version, as 4.x and 5.x look for them.
-fn both_spellings(base: &ConfigJson, config: &mut Map<String, Value>, dtype: Option<Dtype>) {
+/// Rotary settings, as 4.x and 5.x look for them.
+fn rotary(base: &ConfigJson, config: &mut Map<String, Value>) {
     // gemma3 keeps one set of rotary settings per kind of layer, models of several parts one per part: there is nothing to
     // spell twice.
     let nested = base
         .get("rope_parameters")
         .and_then(Value::as_object)
         .is_some_and(|p| p.values().any(Value::is_object));
-    if !nested && !base.several_parts() {
-        let rope = rope_parameters(base);
-        let mut scaling = rope.clone();
-        let theta = scaling.remove("rope_theta").unwrap_or(json!(DEFAULT_THETA));
-        let plain = scaling.get("rope_type").and_then(Value::as_str) == Some("default");
-        config.insert("rope_theta".into(), theta);
-        config.insert(
-            "rope_scaling".into(),
-            if plain { Value::Null } else { Value::Object(scaling) },
-        );
-        config.insert("rope_parameters".into(), Value::Object(rope));
+    if nested || base.several_parts() {
+        return;
     }
+    let rope = rope_parameters(base);
+    let mut scaling = rope.clone();
+    let theta = scaling.remove("rope_theta").unwrap_or(json!(DEFAULT_THETA));
+    let plain = scaling.get("rope_type").and_then(Value::as_str) == Some("default");
+    config.insert("rope_theta".into(), theta);
+    let scaling = if plain { Value::Null } else { Value::Object(scaling) };
+    config.insert("rope_scaling".into(), scaling);
+    config.insert("rope_parameters".into(), Value::Object(rope));
+}
+
+/// The dtype, in both spellings, and the version.
+fn dtype_and_version(config: &mut Map<String, Value>, dtype: Option<Dtype>) {
     if let Some(dtype) = dtype {
         config.insert("dtype".into(), json!(dtype.config_name()));
         config.insert("torch_dtype".into(), json!(dtype.config_name()));
     }
-    config.insert(
-        "tie_word_embeddings".into(),
-        json!(base.bool("tie_word_embeddings").unwrap_or(false)),
-    );
     config.insert("transformers_version".into(), json!(TRANSFORMERS_VERSION));
 }
 
@@ -160,9 +166,19 @@ mod tests {
             (&out["rope_scaling"]["type"], out.get("rope_parameters")),
             (&json!("mrope"), None)
         );
-        let out =
-            dense_config(&config(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})), None);
+        let scaled = json!({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}});
+        let out = dense_config(&config(scaled), None);
         assert_eq!(out["rope_scaling"], json!({"factor": 2.0, "rope_type": "linear"}));
-        assert_eq!(out["rope_theta"], 1e4);
+    }
+
+    #[test]
+    fn where_a_dense_model_is_silent_its_family_speaks() {
+        // gemma2 ties its head, smollm3 has another rotary base: their files name neither.
+        let scaling = json!({"type": "linear", "factor": 2.0});
+        let out = dense_config(&config(json!({"rope_scaling": scaling})), None);
+        assert_eq!(out["rope_scaling"], scaling);
+        for key in ["tie_word_embeddings", "rope_theta", "rope_parameters"] {
+            assert_eq!(out.get(key), None, "{key}");
+        }
     }
 }

@@ -205,6 +205,11 @@ fn what_the_configuration_says_of_the_head() {
     let nested = json!({"model_type": "gemma3", "text_config": {"tie_word_embeddings": true}});
     assert_eq!(tied(nested.clone(), &[embedding]), [Some(true); 2]);
     assert_eq!(tied(nested, &[embedding, head]), [Some(false); 2]);
+    // Of one part: silence means what its family takes it for, unless there is a head.
+    let one = || json!({"model_type": "gemma2"});
+    let (embedding_of_one, head_of_one) = ("model.embed_tokens.weight", "lm_head.weight");
+    assert_eq!(tied(one(), &[embedding_of_one]), [None, None]);
+    assert_eq!(tied(one(), &[embedding_of_one, head_of_one]), [Some(false), None]);
     // Only one model has a head: the embedding stands for that of the other.
     let config = silent();
     two(folder.path(), &config, &[embedding.to_owned()]);

@@ -130,7 +130,7 @@ fn tied(config: &mut ConfigJson, tensors: &BTreeMap<String, WeightRef>) {
         Some(tied) if nested.is_some() => {
             config.set_at(KEY, tied.into());
         }
-        None if config.several_parts() => {
+        None if config.several_parts() || head => {
             config.set_at(KEY, (!head || scales).into());
         }
         _ => {}
