@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use moe_merge_checkpoint::Source;
 use moe_merge_checkpoint::manifest::Manifest;
+use moe_merge_checkpoint::{ConfigJson, Source};
 
 use crate::write::Provenance;
 
@@ -76,7 +76,12 @@ pub fn card(title: &str, base: &Source, provenance: &Provenance, manifest: &Mani
     if let Some(license) = &provenance.license {
         text.push_str(&format!("license: {license}\n"));
     }
-    text.push_str("library_name: transformers\npipeline_tag: text-generation\ntags:\n");
+    text.push_str("library_name: transformers\n");
+    // What models of several parts do, the Hub knows from their configuration.
+    if !base.config.several_parts() {
+        text.push_str("pipeline_tag: text-generation\n");
+    }
+    text.push_str("tags:\n");
     let moe: &[&str] = if manifest.experts.is_empty() { &[] } else { &["moe", "frankenmoe"] };
     for tag in moe.iter().chain(&["merge", "moe-merge"]) {
         text.push_str(&format!("- {tag}\n"));
@@ -94,7 +99,7 @@ pub fn card(title: &str, base: &Source, provenance: &Provenance, manifest: &Mani
         text.push('\n');
         provenance.report.iter().for_each(|line| text.push_str(&format!("{line}\n")));
     }
-    usage(&mut text, manifest);
+    usage(&mut text, &manifest.family, &base.config);
     if let Some(recipe) = &provenance.recipe {
         let fence = "`".repeat(longest_run_of_backticks(recipe).max(2) + 1);
         text.push_str(&format!("\n## Recipe\n\n{fence}yaml\n{}\n{fence}\n", recipe.trim_end()));
@@ -121,15 +126,17 @@ fn sources(text: &mut String, manifest: &Manifest) {
     }
 }
 
-fn usage(text: &mut String, manifest: &Manifest) {
-    text.push_str(
-        "\n## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n",
-    );
-    text.push_str("tokenizer = AutoTokenizer.from_pretrained(\"PATH\")\n");
-    let remote = if manifest.family == "deepseek" { ", trust_remote_code=True" } else { "" };
+fn usage(text: &mut String, family: &str, config: &ConfigJson) {
+    let causal = || "AutoModelForCausalLM".to_owned();
+    let own = || config.get("architectures")?.get(0)?.as_str().map(str::to_owned);
+    let class = Some(()).filter(|()| config.several_parts()).and_then(|()| own());
+    let class = class.unwrap_or_else(causal);
     text.push_str(&format!(
-        "model = AutoModelForCausalLM.from_pretrained(\"PATH\"{remote})\n```\n"
+        "\n## Use\n\n```python\nfrom transformers import {class}, AutoTokenizer\n\n"
     ));
+    text.push_str("tokenizer = AutoTokenizer.from_pretrained(\"PATH\")\n");
+    let remote = if family == "deepseek" { ", trust_remote_code=True" } else { "" };
+    text.push_str(&format!("model = {class}.from_pretrained(\"PATH\"{remote})\n```\n"));
 }
 
 /// Longest run of backticks, so that a fence can be longer.
@@ -165,6 +172,20 @@ mod tests {
         assert_eq!(hub_id(&local), None);
         let hub = source("org/name@main", "/cache/hub/models--org--name/snapshots/abc");
         assert_eq!(public_label(&hub), "org/name");
+    }
+
+    #[test]
+    fn a_model_of_several_parts_is_loaded_by_its_own_class() {
+        let used = |config: serde_json::Value| {
+            let mut text = String::new();
+            usage(&mut text, "", &ConfigJson(config.as_object().unwrap().clone()));
+            text
+        };
+        let class = "T5ForConditionalGeneration";
+        let own = used(serde_json::json!({"is_encoder_decoder": true, "architectures": [class]}));
+        assert!(own.contains(&format!("import {class}, Auto")) && own.contains("= T5For"), "{own}");
+        let text = used(serde_json::json!({"architectures": ["LlamaForCausalLM"]}));
+        assert!(text.contains("= AutoModelForCausalLM.from"), "{text}");
     }
 
     #[test]

@@ -189,15 +189,24 @@ fn plan(prepared: &Prepared, common: &Common) -> Result<Outcome, Failure> {
 
 fn dense_plan(prepared: &PreparedDense, common: &Common) -> Result<Outcome, Failure> {
     notes(prepared.notes(), common);
+    let fitting = prepared.fitting_memory()?;
     match common.json {
-        true => render::json(
-            &json!({"version": 1, "output": prepared.target, "disk_bytes": prepared.bytes}),
-        )?,
-        false => render::out(&format!(
-            "{}  dense merge, {}; nothing was written\n",
-            prepared.target.display(),
-            render::bytes(prepared.bytes)
-        ))?,
+        true => {
+            let (output, disk) = (&prepared.target, prepared.bytes);
+            let plan = json!({"version": 1, "output": output, "disk_bytes": disk,
+                "fitting_memory_bytes": fitting});
+            render::json(&plan)?;
+        }
+        false => {
+            let fitting = fitting.map_or(String::new(), |bytes| {
+                format!(", fitting takes {} of memory", render::bytes(bytes))
+            });
+            render::out(&format!(
+                "{}  dense merge, {}{fitting}; nothing was written\n",
+                prepared.target.display(),
+                render::bytes(prepared.bytes)
+            ))?;
+        }
     }
     Ok(Outcome::Done)
 }

@@ -87,6 +87,14 @@ impl PreparedDense {
         })
     }
 
+    /// Bytes of memory that fitting weights takes, about; none for a method that fits none.
+    ///
+    /// # Errors
+    /// [`MergeError::Checkpoint`] for a model that lacks a tensor.
+    pub fn fitting_memory(&self) -> Result<Option<u64>, MergeError> {
+        self.fitting.as_ref().map(Fitting::memory).transpose()
+    }
+
     /// What a person should know of it, as far as that is known before anything is computed.
     pub fn notes(&self) -> &[String] {
         &self.source.notes

@@ -93,6 +93,29 @@ impl Fitting {
         }))
     }
 
+    /// Bytes of memory that [`Fitting::run`] takes, about: the weights of the largest site, and the streams of all texts.
+    ///
+    /// # Errors
+    /// [`MergeError::Checkpoint`] for a model that lacks a tensor.
+    pub fn memory(&self) -> Result<u64, MergeError> {
+        let Some(first) = self.members.first().map(|m| &m.source) else { return Ok(0) };
+        let spec = Spec::of(first)?;
+        let mut largest = 0;
+        for layer in 0..spec.layers.len() {
+            for site in Site::ALL {
+                let (mut inputs, mut out) = (0, 0);
+                for name in site_tensors(&spec, layer, site).unwrap_or_default() {
+                    let weight = first.weight(&format!("{name}.weight"))?;
+                    (inputs, out) = (weight.cols(), out + weight.rows());
+                }
+                largest = largest.max(inputs * (4 * inputs + 24 * out));
+            }
+        }
+        let streams = if self.stream == Stream::Merged { 2 } else { 1 };
+        let tokens: usize = self.members.iter().map(|m| self.amount.most(&m.text)).sum();
+        Ok((largest + tokens * spec.hidden * size_of::<f32>() * streams) as u64)
+    }
+
     /// Puts the weights of the method into `merged`, in which they are means so far.
     ///
     /// Memory: as [`choose_weights`], and for the weights at one site what their inputs are multiplied with: about

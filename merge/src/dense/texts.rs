@@ -49,6 +49,11 @@ impl Amount {
         }
     }
 
+    /// Tokens of a model with `text`, at most.
+    pub fn most(&self, text: &ModelText) -> usize {
+        self.written(text) + if text.is_empty() { 0 } else { self.prompt_tokens }
+    }
+
     /// Token ids of the texts of one model, and of how many tokens they are.
     ///
     /// * `index`: its number, for the seed
