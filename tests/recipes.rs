@@ -110,3 +110,29 @@ fn a_command_line_of_mergekit_works() {
     assert!(one == 1 && several > 1, "{one} and {several} shards");
     assert!(told.contains("--cuda") && !told.contains("lazy"), "{told}");
 }
+
+#[test]
+fn a_dry_run_tells_what_fitting_takes() {
+    let temp = tempfile::tempdir().unwrap();
+    let recipe = temp.path().join("fit.yaml");
+    let plan = |method: &str, more: &str| -> serde_json::Value {
+        let model = |name: &str| {
+            let prompts =
+                if more.is_empty() { "" } else { ", prompts: [\"some words of its own\"]" };
+            format!("{{model: recipes/quickstart/{name}{prompts}}}")
+        };
+        let models = format!("[{}, {}]", model("code"), model("math"));
+        let text = format!("merge_method: {method}\nmodels: {models}\n{more}");
+        std::fs::write(&recipe, text).unwrap();
+        let run = moe_merge().arg(&recipe).args(["--dry-run", "--json"]).assert().success();
+        serde_json::from_slice(&run.get_output().stdout).unwrap()
+    };
+    // Gate and up, 128 numbers to twice 344, take most; and 128 numbers of f32 for each of at most 3000 tokens.
+    let site = 128 * (4 * 128 + 24 * 2 * 344);
+    let more = "self_text: 1000\nprompt_tokens: 500\n";
+    let streams = 2 * 1500 * 128 * 4;
+    assert_eq!(plan("regmean", more)["fitting_memory_bytes"], site + streams);
+    assert_eq!(plan("regmean_stream", more)["fitting_memory_bytes"], site + 2 * streams);
+    let linear = plan("linear\nparameters: {weight: 1}", "");
+    assert!(linear["fitting_memory_bytes"].is_null() && linear["disk_bytes"].is_u64(), "{linear}");
+}
