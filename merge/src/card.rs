@@ -127,10 +127,8 @@ fn sources(text: &mut String, manifest: &Manifest) {
 }
 
 fn usage(text: &mut String, family: &str, config: &ConfigJson) {
-    let causal = || "AutoModelForCausalLM".to_owned();
-    let own = || config.get("architectures")?.get(0)?.as_str().map(str::to_owned);
-    let class = Some(()).filter(|()| config.several_parts()).and_then(|()| own());
-    let class = class.unwrap_or_else(causal);
+    let own = config.get("architectures").and_then(|a| a.get(0)?.as_str());
+    let class = own.filter(|_| config.several_parts()).unwrap_or("AutoModelForCausalLM");
     text.push_str(&format!(
         "\n## Use\n\n```python\nfrom transformers import {class}, AutoTokenizer\n\n"
     ));

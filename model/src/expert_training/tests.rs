@@ -189,6 +189,11 @@ fn gradients_towards_a_teacher_are_slopes() {
     check(&trainee, &Goal::Teacher(&teacher), FactorKind::LowRank(2), 0..2);
     let lessons = lessons(trainee.spec().vocab);
     let lessons: Vec<&Lesson> = lessons.iter().collect();
+    let of = |goal: &Goal| trainee.losses(None, &lessons, goal, &mut || false).unwrap().nats;
+    let said = teacher.said(&lessons, &mut || false).unwrap();
+    let taught = of(&Goal::Teacher(&teacher));
+    assert_eq!(of(&Goal::Said(&teacher, &said)), taught);
+    assert!(taught.iter().any(|nats| *nats > 1e-6), "{taught:?}");
     let goal = Goal::Teacher(&trainee);
     let same = trainee.losses(None, &lessons, &goal, &mut || false).unwrap().nats;
     assert!(same.iter().all(|nats| nats.abs() < 1e-9), "{same:?}");

@@ -228,7 +228,8 @@ impl Trainee {
                 let own = slots.filter(|(_, (id, _))| **id as usize == expert);
                 own.map(|(slot, (_, weight))| (slot / routing.top_k, *weight)).collect()
             }
-            _ => (0..all.len() / hidden).map(|row| (row, 1.0)).collect(),
+            (None, Some(_)) => Vec::new(), // a dense layer of a MoE
+            (_, None) => (0..all.len() / hidden).map(|row| (row, 1.0)).collect(),
         };
         let rows = visits.iter().flat_map(|(row, _)| &all[row * hidden..(row + 1) * hidden]);
         let mut z: Vec<f32> = rows.copied().collect();
@@ -434,11 +435,8 @@ impl Trainee {
             }
             Goal::Teacher(teacher) => {
                 let states = teacher.said_of(lessons, places, interrupted)?;
-                Ok(self.head()?.losses(
-                    &rows,
-                    &Target::Other(&states, &teacher.head()?),
-                    weights,
-                )?)
+                let goal = Goal::Said(teacher, &states);
+                self.loss(stream, places, lessons, &goal, weights, interrupted)
             }
             Goal::Said(teacher, states) => {
                 Ok(self.head()?.losses(&rows, &Target::Other(states, &teacher.head()?), weights)?)
