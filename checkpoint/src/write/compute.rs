@@ -71,6 +71,25 @@ pub(super) fn pieces<'t>(tensors: &[&'t OutTensor]) -> Vec<Piece<'t>> {
     pieces
 }
 
+/// Finds out what has to be known about each tensor that begins in `parts`: about one by all threads, about several by one
+/// thread each.
+pub(super) fn prepare(parts: &[Part<'_>]) -> Result<(), CheckpointError> {
+    let tensors: Vec<&OutTensor> = parts.iter().filter(|p| p.first()).map(|p| p.tensor).collect();
+    match tensors.as_slice() {
+        [one] => one.weight.prepare(),
+        many => in_order(many.par_iter().map(|t| t.weight.prepare())),
+    }
+}
+
+/// Waits for all; of several that failed, the first.
+fn in_order(
+    work: impl IndexedParallelIterator<Item = Result<(), CheckpointError>>,
+) -> Result<(), CheckpointError> {
+    let mut done = Vec::new();
+    work.collect_into_vec(&mut done);
+    done.into_iter().collect()
+}
+
 /// Computes `parts`, whose tensors are prepared, one after the other into `out`, which grows where it is too short; returns
 /// how many bytes there are.
 pub(super) fn fill(parts: &[Part<'_>], out: &mut Vec<u8>) -> Result<usize, CheckpointError> {
@@ -88,19 +107,15 @@ pub(super) fn fill(parts: &[Part<'_>], out: &mut Vec<u8>) -> Result<usize, Check
             blocks.extend(part.rows.clone().step_by(height).zip(cut).map(|b| (part.tensor, b)));
         }
     }
-    let done: Vec<Result<(), CheckpointError>> = blocks
-        .into_par_iter()
-        .map(|(tensor, (from, out))| {
-            let rows = out.len() / (tensor.weight.cols() * tensor.dtype.size());
-            narrow_rows(tensor, from..from + rows, out)
-        })
-        .collect();
-    done.into_iter().collect::<Result<(), _>>()?;
+    in_order(blocks.into_par_iter().map(|(tensor, (from, out))| {
+        let rows = out.len() / (tensor.weight.cols() * tensor.dtype.size());
+        narrow_rows(tensor, from..from + rows, out)
+    }))?;
     Ok(total)
 }
 
-/// Numbers that are computed before they are rounded: few enough to be still in the second-level cache then.
-const NARROWED: usize = 1 << 16;
+/// Numbers that are computed before they are rounded: few enough to be still in the first-level cache then.
+const NARROWED: usize = 1 << 12;
 
 /// Computes `rows` and rounds them into `out`.
 fn narrow_rows(

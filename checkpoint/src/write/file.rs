@@ -11,7 +11,7 @@ use std::thread::Scope;
 use moe_merge_kernels::{Dtype, cast};
 use serde_json::{Map, Value, json};
 
-use super::compute::{Piece, fill, not_finite, pieces};
+use super::compute::{Piece, fill, not_finite, pieces, prepare};
 use super::flush::Flusher;
 use super::{CHUNK, OutTensor, ShardName, ShardPlan, Watch, WrittenShard, lock};
 use crate::error::CheckpointError;
@@ -99,10 +99,7 @@ impl<'a> Run<'a, '_> {
                     }
                     let buffer = spare.pop().or_else(|| buffers.recv().ok());
                     let Some(mut buffer) = buffer else { return Ok(()) };
-                    parts
-                        .iter()
-                        .filter(|p| p.first())
-                        .try_for_each(|p| p.tensor.weight.prepare())?;
+                    prepare(&parts)?;
                     let size = fill(&parts, &mut buffer)?;
                     let done = || parts.iter().filter(|p| p.last());
                     done().for_each(|p| p.tensor.weight.release());
