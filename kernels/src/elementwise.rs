@@ -1,7 +1,7 @@
 //! Operations on slices of equal length, number by number: what merges of models are made of.
 //!
-//! Slices of unequal length are treated up to the shortest. No operation is fused with another: each result is that of
-//! the same loop in plain Rust.
+//! Slices of unequal length are treated up to the shortest. There is no fused multiply-add: each result is that of the same
+//! loop in plain Rust. "Rounded" is to nearest even in a dtype.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -25,23 +25,44 @@ pub fn round(values: &mut [f32], dtype: Dtype) {
     }
 }
 
+#[inline(always)]
+fn bf16(v: f32) -> f32 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    // A NaN stays one.
+    let bits = if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { rounded };
+    f32::from_bits(bits & 0xffff_0000)
+}
+
 each_set! {
     fn round_bf16(values: &mut [f32]) {
         for v in values {
-            let bits = v.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-            // A NaN stays one.
-            let bits = if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { rounded };
-            *v = f32::from_bits(bits & 0xffff_0000);
+            *v = bf16(*v);
+        }
+    }
+}
+
+/// `out = a - b`, rounded.
+pub fn subtract(a: &[f32], b: &[f32], dtype: Dtype, out: &mut [f32]) {
+    if dtype == Dtype::BF16 {
+        return subtract_bf16(a, b, out);
+    }
+    subtract_f32(a, b, out);
+    round(out, dtype);
+}
+
+each_set! {
+    fn subtract_f32(a: &[f32], b: &[f32], out: &mut [f32]) {
+        for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+            *o = a - b;
         }
     }
 }
 
 each_set! {
-    /// `out = a - b`
-    pub fn subtract(a: &[f32], b: &[f32], out: &mut [f32]) {
+    fn subtract_bf16(a: &[f32], b: &[f32], out: &mut [f32]) {
         for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-            *o = a - b;
+            *o = bf16(a - b);
         }
     }
 }
@@ -83,11 +104,27 @@ each_set! {
     }
 }
 
+/// `values = factor values`, rounded.
+pub fn scale(values: &mut [f32], factor: f32, dtype: Dtype) {
+    if dtype == Dtype::BF16 {
+        return scale_bf16(values, factor);
+    }
+    scale_f32(values, factor);
+    round(values, dtype);
+}
+
 each_set! {
-    /// `values = factor values`
-    pub fn scale(values: &mut [f32], factor: f32) {
+    fn scale_f32(values: &mut [f32], factor: f32) {
         for v in values {
             *v *= factor;
+        }
+    }
+}
+
+each_set! {
+    fn scale_bf16(values: &mut [f32], factor: f32) {
+        for v in values {
+            *v = bf16(*v * factor);
         }
     }
 }
@@ -156,11 +193,18 @@ each_set! {
     }
 }
 
+/// Zeroes the numbers whose word is not below `threshold`, which is at most 2^32.
+pub fn zero_by_chance(values: &mut [f32], words: &[u32], threshold: u64) {
+    // No word is as large as 2^32.
+    if let Ok(threshold) = u32::try_from(threshold) {
+        zero_from(values, words, threshold);
+    }
+}
+
 each_set! {
-    /// Zeroes the numbers whose word is not below `threshold`.
-    pub fn zero_by_chance(values: &mut [f32], words: &[u32], threshold: u64) {
+    fn zero_from(values: &mut [f32], words: &[u32], threshold: u32) {
         for (v, word) in values.iter_mut().zip(words) {
-            *v = if u64::from(*word) < threshold { *v } else { 0.0 };
+            *v = if *word < threshold { *v } else { 0.0 };
         }
     }
 }
@@ -205,6 +249,32 @@ each_set! {
             sum += lane;
         }
         *total += sum;
+    }
+}
+
+each_set! {
+    /// `sum a a`, `sum b b`, `sum a b` in f64, added to `totals`: each as [`add_dot`] has it.
+    pub fn add_dots_of_two(a: &[f32], b: &[f32], totals: &mut [f64; 3]) {
+        let mut lanes = [[0f64; LANES]; 3];
+        let (chunks_a, chunks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let rest = chunks_a.remainder().iter().zip(chunks_b.remainder());
+        let mut sums = [0f64; 3];
+        for (x, y) in rest {
+            let (x, y) = (f64::from(*x), f64::from(*y));
+            sums = [sums[0] + x * x, sums[1] + y * y, sums[2] + x * y];
+        }
+        let [aa, bb, ab] = &mut lanes;
+        for (x, y) in chunks_a.zip(chunks_b) {
+            for i in 0..LANES {
+                let (x, y) = (f64::from(x[i]), f64::from(y[i]));
+                aa[i] += x * x;
+                bb[i] += y * y;
+                ab[i] += x * y;
+            }
+        }
+        for ((total, sum), lanes) in totals.iter_mut().zip(sums).zip(lanes) {
+            *total += lanes.iter().fold(sum, |sum, lane| sum + lane);
+        }
     }
 }
 
@@ -276,8 +346,18 @@ mod tests {
             }
         };
         let mut out = vec![0.0; a.len()];
-        subtract(&a, &b, &mut out);
-        check(&out, &|i| a[i] - b[i]);
+        let rounded = |v: f32, dtype| match dtype {
+            Dtype::F32 => v,
+            Dtype::BF16 => half::bf16::from_f32(v).to_f32(),
+            Dtype::F16 => f16::from_f32(v).to_f32(),
+        };
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            subtract(&a, &b, dtype, &mut out);
+            check(&out, &|i| rounded(a[i] - b[i], dtype));
+            let mut scaled = c.clone();
+            scale(&mut scaled, 0.3, dtype);
+            check(&scaled, &|i| rounded(c[i] * 0.3, dtype));
+        }
         let changed = |change: &dyn Fn(&mut [f32])| {
             let mut out = c.clone();
             change(&mut out);
@@ -288,7 +368,6 @@ mod tests {
         check(&changed(&|o| add_scaled_difference(o, 0.3, &a, &b)), &|i| {
             c[i] + 0.3 * (a[i] - b[i])
         });
-        check(&changed(&|o| scale(o, 0.3)), &|i| c[i] * 0.3);
         check(&changed(&|o| divide(o, 0.3)), &|i| c[i] / 0.3);
         check(&changed(&|o| divide_each(o, &a)), &|i| if a[i] == 0.0 { c[i] } else { c[i] / a[i] });
         for equal in [true, false] {
@@ -327,6 +406,12 @@ mod tests {
         add_absolute(&a, &mut absolute);
         // The numbers from -10 to 64.
         assert_eq!((dot, absolute), (1.0 + 2.0 * (64.0 * 65.0 / 2.0 - 55.0), 1.0 + 2080.0 + 55.0));
+        let (b, mut both, mut each) = (numbers(3), [1.0; 3], [1.0; 3]);
+        add_dots_of_two(&a, &b[..75], &mut both);
+        for (total, (x, y)) in each.iter_mut().zip([(&a[..], &a[..]), (&b, &b), (&a, &b)]) {
+            add_dot(&x[..75], &y[..75], total);
+        }
+        assert_eq!(both, each);
         let mut keys = [0; 3];
         magnitudes(&[-1.0, 0.0, 2.0], &mut keys);
         assert_eq!(keys.map(f32::from_bits), [1.0, 0.0, 2.0]);

@@ -37,6 +37,7 @@ mod moe_block;
 mod norm;
 mod panel;
 mod product;
+pub mod random;
 pub mod rope;
 pub mod routing;
 mod routing_backward;

@@ -66,6 +66,15 @@ impl Gram {
     }
 
     fn add<V: AsRef<[f32]>>(&mut self, vectors: &[V]) {
+        if let ([a, b], [aa, ab, ba, bb]) = (vectors, self.sums.as_mut_slice()) {
+            let mut sums = [0.0; 3];
+            elementwise::add_dots_of_two(a.as_ref(), b.as_ref(), &mut sums);
+            *aa += sums[0];
+            *bb += sums[1];
+            *ab += sums[2];
+            *ba += sums[2];
+            return;
+        }
         for i in 0..self.size {
             for j in i..self.size {
                 let mut sum = 0.0;
@@ -104,13 +113,7 @@ impl Gram {
 /// `round(w - b)` into `out`, which grows or shrinks to it.
 pub(super) fn subtract(w: &[f32], b: &[f32], dtype: Dtype, out: &mut Vec<f32>) {
     out.resize(w.len(), 0.0);
-    difference(w, b, dtype, out);
-}
-
-/// `round(w - b)` into `out`.
-pub(super) fn difference(w: &[f32], b: &[f32], dtype: Dtype, out: &mut [f32]) {
-    elementwise::subtract(w, b, out);
-    elementwise::round(out, dtype);
+    elementwise::subtract(w, b, dtype, out);
 }
 
 /// A method whose result is a [`Weighted`] sum.

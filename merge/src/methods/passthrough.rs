@@ -44,8 +44,7 @@ impl Combine for Scaled {
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
         inputs[0].read_rows(rows, out)?;
-        elementwise::scale(out, self.scale);
-        elementwise::round(out, self.dtype);
+        elementwise::scale(out, self.scale, self.dtype);
         Ok(())
     }
 }

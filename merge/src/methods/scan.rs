@@ -7,8 +7,8 @@ use std::sync::{Mutex, OnceLock};
 use moe_merge_checkpoint::{CheckpointError, WeightRef};
 use rayon::prelude::*;
 
-/// Numbers that are read at a time: bounds the scratch memory.
-pub(super) const BLOCK: usize = 1 << 14;
+/// Numbers that are read at a time: few enough for those of two models to stay in the first-level cache.
+pub(super) const BLOCK: usize = 1 << 12;
 
 /// Numbers of a tensor for which a segment of its own pays.
 const SEGMENT: usize = 1 << 19;

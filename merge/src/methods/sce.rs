@@ -5,7 +5,6 @@ use std::ops::{Deref, Range};
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
 
-use super::gram::difference;
 use super::order::{Cut, Keyed};
 use super::scan::Block;
 use super::{Base, Combine, Group, Method, Once, Scope, flag, number, read, round, scan};
@@ -59,7 +58,7 @@ impl Sce {
         let (others, base) = blocks.split_at(self.others.len());
         let difference = |w: &_| {
             let mut d = Block::new(base[0].len());
-            difference(w, &base[0], self.dtype, &mut d);
+            elementwise::subtract(w, &base[0], self.dtype, &mut d);
             d
         };
         others.iter().map(|w| difference(&**w)).collect()
@@ -163,8 +162,7 @@ impl Combine for Sce {
         elementwise::round(&mut all, dtype);
         let (mut sum, mut divisors) = (Block::zeros(count), Block::zeros(count));
         for (d, weight) in differences.iter_mut().zip(&facts.weights) {
-            elementwise::scale(d, *weight);
-            elementwise::round(d, dtype);
+            elementwise::scale(d, *weight, dtype);
             elementwise::add_agreeing(d, *weight, &all, &mut sum, &mut divisors);
         }
         elementwise::round(&mut sum, dtype);

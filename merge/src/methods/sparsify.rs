@@ -3,8 +3,7 @@
 use blake3::Hasher;
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use moe_merge_kernels::random::Words;
 
 use super::gram::subtract;
 use super::order::{Cut, Keyed, magnitude};
@@ -63,11 +62,11 @@ enum Keep {
     /// Kept by the first cut, but not by the second.
     Between(Cut, Cut),
     Random {
-        key: [u8; 32],
+        words: Words,
         density: f64,
     },
     ByRank {
-        key: [u8; 32],
+        words: Words,
         density: f64,
         epsilon: f64,
     },
@@ -107,7 +106,7 @@ impl Wanted {
         };
         let keyed = Keyed { inputs: &[model, base], keys, short: dtype == Dtype::BF16 };
         let n = model.len() as f64;
-        let (key, density) = (self.key, self.density);
+        let (words, density) = (Words::new(self.key), self.density);
         Ok(match self.sparsifier {
             _ if density <= 0.0 && self.sparsifier != Sparsifier::Outliers => Keep::Nothing,
             Sparsifier::None => Keep::All,
@@ -125,8 +124,8 @@ impl Wanted {
                     _ => Keep::Nothing,
                 }
             }
-            Sparsifier::Random => Keep::Random { key, density },
-            Sparsifier::ByRank => Keep::ByRank { key, density, epsilon: self.extra },
+            Sparsifier::Random => Keep::Random { words, density },
+            Sparsifier::ByRank => Keep::ByRank { words, density, epsilon: self.extra },
         })
     }
 }
@@ -164,8 +163,7 @@ impl Sparse {
     pub fn apply(&self, first: usize, cols: usize, dtype: Dtype, values: &mut [f32]) {
         self.mask(first, cols, values);
         if self.scale != 1.0 {
-            elementwise::scale(values, self.scale);
-            elementwise::round(values, dtype);
+            elementwise::scale(values, self.scale, dtype);
         }
     }
 
@@ -178,44 +176,27 @@ impl Sparse {
                 low.keep(values, first);
                 high.drop(values, first);
             }
-            Keep::Random { key, density } => {
-                let (mut rng, below) = (stream(*key, first), threshold(*density));
-                let mut words = [0; WORDS];
-                for values in values.chunks_mut(WORDS) {
+            Keep::Random { words: stream, density } => {
+                let mut words = [0; DRAWN];
+                for (i, values) in values.chunks_mut(DRAWN).enumerate() {
                     let words = &mut words[..values.len()];
-                    draw(&mut rng, words);
-                    elementwise::zero_by_chance(values, words, below);
+                    stream.fill((first + i * DRAWN) as u64, words);
+                    elementwise::zero_by_chance(values, words, threshold(*density));
                 }
             }
-            Keep::ByRank { key, density, epsilon } => {
-                let (mut rng, cols) = (stream(*key, first), cols.max(1));
+            Keep::ByRank { words, density, epsilon } => {
+                let cols = cols.max(1);
                 let mut by_rank = ByRank::new(cols, *density, *epsilon);
-                values.chunks_mut(cols).for_each(|row| by_rank.mask(row, &mut rng));
+                for (i, row) in values.chunks_mut(cols).enumerate() {
+                    by_rank.mask(row, words, first + i * cols);
+                }
             }
         }
     }
 }
 
-/// One word for each number of a tensor, from the one at `first` on.
-fn stream(key: [u8; 32], first: usize) -> ChaCha8Rng {
-    let mut rng = ChaCha8Rng::from_seed(key);
-    rng.set_word_pos(first as u128);
-    rng
-}
-
 /// Random words drawn at a time.
-const WORDS: usize = 256;
-
-/// The next words of the stream.
-fn draw(rng: &mut ChaCha8Rng, words: &mut [u32]) {
-    let mut bytes = [0; 4 * WORDS];
-    for words in words.chunks_mut(WORDS) {
-        let bytes = &mut bytes[..4 * words.len()];
-        rng.fill_bytes(bytes);
-        let (found, _) = bytes.as_chunks();
-        words.iter_mut().zip(found).for_each(|(w, b)| *w = u32::from_le_bytes(*b));
-    }
-}
+const DRAWN: usize = 1024;
 
 /// Keeps each number of a row with a chance that rises with its rank.
 struct ByRank {
@@ -241,13 +222,14 @@ impl ByRank {
         Self { below, order, room, thresholds: vec![0; cols], words: vec![0; cols] }
     }
 
-    fn mask(&mut self, row: &mut [f32], rng: &mut ChaCha8Rng) {
+    /// `first`: the flat index at which the row begins.
+    fn mask(&mut self, row: &mut [f32], words: &Words, first: usize) {
         // Magnitude above, place below: sorted by the former, equal ones stay in place.
         let key = |(i, v): (usize, &f32)| u64::from(magnitude(*v)) << 32 | i as u64;
         self.order.clear();
         self.order.extend(row.iter().enumerate().map(key));
         sort_upper(&mut self.order, &mut self.room);
-        draw(rng, &mut self.words);
+        words.fill(first as u64, &mut self.words);
         for (key, below) in self.order.iter().zip(&self.below) {
             self.thresholds[*key as u32 as usize] = *below;
         }
@@ -288,13 +270,14 @@ mod tests {
 
     #[test]
     fn chance_takes_one_word_of_the_stream_for_each_number() {
-        let (key, first, n) = (key(7, "w", 1), 77, 1003);
-        let keep = Keep::Random { key, density: 0.3 };
+        let (words, first, n) = (Words::new(key(7, "w", 1)), 77, 3003);
+        let keep = Keep::Random { words, density: 0.3 };
         let mut values: Vec<f32> = (1..=n).map(|i| i as f32).collect();
         Sparse { keep, scale: 1.0 }.mask(first, n, &mut values);
-        let (mut rng, below) = (stream(key, first), threshold(0.3));
-        for (i, v) in values.iter().enumerate() {
-            let expected = if u64::from(rng.next_u32()) < below { (i + 1) as f32 } else { 0.0 };
+        let (mut drawn, below) = (vec![0; n], threshold(0.3));
+        words.fill(first as u64, &mut drawn);
+        for (i, (v, word)) in values.iter().zip(drawn).enumerate() {
+            let expected = if u64::from(word) < below { (i + 1) as f32 } else { 0.0 };
             assert_eq!(*v, expected, "number {i}");
         }
     }

@@ -5,7 +5,6 @@ use std::ops::Range;
 use moe_merge_checkpoint::{CheckpointError, Dtype, WeightRef};
 use moe_merge_kernels::elementwise;
 
-use super::gram::difference;
 use super::scan::Block;
 use super::sparsify::{self, Sparse, Sparsifier, Wanted};
 use super::{Combine, Group, Once, Parameter, Scope, flag, number, read, round};
@@ -169,10 +168,9 @@ impl Combine for TaskVectors {
         let mut weighted = Vec::new(); // [models][values of these rows]
         for (i, &m) in self.others.iter().enumerate() {
             let mut p = Block::new(out.len());
-            difference(&read(&inputs[m], rows.clone())?, out, dtype, &mut p);
+            elementwise::subtract(&read(&inputs[m], rows.clone())?, out, dtype, &mut p);
             self.sparse(inputs, i)?.apply(rows.start * cols, cols, dtype, &mut p);
-            elementwise::scale(&mut p, self.weights[i]);
-            elementwise::round(&mut p, dtype);
+            elementwise::scale(&mut p, self.weights[i], dtype);
             weighted.push(p);
         }
         let mut merged = match self.consensus {
@@ -180,8 +178,7 @@ impl Combine for TaskVectors {
             false => self.sum(&weighted, out.len()),
         };
         if self.lambda != 1.0 {
-            elementwise::scale(&mut merged, self.lambda);
-            elementwise::round(&mut merged, dtype);
+            elementwise::scale(&mut merged, self.lambda, dtype);
         }
         elementwise::add(out, &merged);
         elementwise::round(out, dtype);

@@ -99,6 +99,7 @@ pub fn merged(method: &Method, group: Group) -> Result<WeightRef, String> {
         combine,
         shape,
         inputs: group.inputs,
+        arithmetic: dtype,
         dtype: group.out_dtype,
         name: group.name,
         recipe: group.recipe,
@@ -110,9 +111,17 @@ struct Merged {
     combine: Box<dyn Combine>,
     inputs: Vec<WeightRef>,
     shape: Vec<usize>,
+    arithmetic: Dtype,
     dtype: Dtype,
     name: String,
     recipe: PathBuf,
+}
+
+/// Whether `values` are what `dtype` holds.
+fn is_rounded(values: &[f32], dtype: Dtype) -> bool {
+    let mut rounded = values.to_vec();
+    elementwise::round(&mut rounded, dtype);
+    rounded.iter().zip(values).all(|(r, v)| r.to_bits() == v.to_bits() || v.is_nan())
 }
 
 impl Weight for Merged {
@@ -136,7 +145,10 @@ impl Weight for Merged {
             let to = rows.end.min(from + step);
             let part = &mut out[(from - rows.start) * cols..(to - rows.start) * cols];
             self.combine.rows(&self.inputs, from..to, part)?;
-            elementwise::round(part, self.dtype);
+            debug_assert!(is_rounded(part, self.arithmetic), "{}", self.name);
+            if self.dtype != self.arithmetic {
+                elementwise::round(part, self.dtype);
+            }
             from = to;
         }
         Ok(())
