@@ -7,6 +7,7 @@ mod disk;
 mod kitchen;
 mod tuning;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use disk::Tmpfs;
@@ -66,6 +67,45 @@ fn granite_keeps_the_other_experts_of_its_tensors() {
         (run["files"][0]["perplexity"].as_f64(), found["domains"][0]["after"].as_f64());
     let apart = (now.unwrap() / told.unwrap() - 1.0).abs();
     assert!(apart < 0.05, "{run} {found}");
+}
+
+#[test]
+fn what_other_domains_read_moves_in_small_steps() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = quickstart(temp.path(), "mixtral", Layout::Hub);
+    let data = cli::file(temp.path(), "kitchen.txt", kitchen::text(1, 3000).as_bytes());
+    // The second step is the first in which the factor that meets the input has a gradient.
+    let factors = |keep: &str, rate: &str| {
+        let out = temp.path().join(format!("{keep}-{rate}"));
+        let args = ["--expert", "code", "--data", &data, "--out", out.to_str().unwrap()];
+        let more = ["--keep", keep, "--keep-text", "600", "--learning-rate", rate, "--steps", "2"];
+        report(&finetune(&folder, &[&args[..], &more, &SHORT[2..6]].concat()));
+        let file = std::fs::read(out.join("adapter_model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let number = |b: &[u8; 4]| f32::from_le_bytes(*b);
+        let reads = file.iter().filter(|(name, _)| name.contains("lora_A"));
+        reads
+            .map(|(name, view)| {
+                (name.to_owned(), view.data().as_chunks().0.iter().map(number).collect())
+            })
+            .collect::<BTreeMap<String, Vec<f32>>>()
+    };
+    let length = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let [free, held] = ["0", "30"].map(|keep| {
+        let (first, second) = (factors(keep, "1e-12"), factors(keep, "0.005"));
+        let moved = |(name, first): (&String, &Vec<f32>)| {
+            let step: Vec<f32> = second[name].iter().zip(first).map(|(b, a)| b - a).collect();
+            (name.clone(), [length(first), length(&step)])
+        };
+        first.iter().map(moved).collect::<BTreeMap<_, _>>()
+    });
+    assert_eq!(free.len(), 6 * 3);
+    for (name, [first, step]) in &held {
+        let [free_first, free_step] = free[name];
+        // Adam's first steps have all numbers of one size: only what is taken off makes them shorter.
+        assert!(*first < 0.99 * free_first, "{name}: {first} of {free_first}");
+        assert!(*step < 0.99 * free_step, "{name}: {step} of {free_step}");
+    }
 }
 
 #[test]
