@@ -108,6 +108,38 @@ fn gradients_run_over_the_layers_of_each_module() {
     assert_eq!(first(&merged, merger), [2.0; 3]);
 }
 
+#[test]
+fn the_first_of_t5s_blocks_has_the_positions_of_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let bias = |module: &str, l: usize| {
+        format!("{module}.block.{l}.layer.0.SelfAttention.relative_attention_bias.weight")
+    };
+    let up =
+        |module: &str, l: usize| format!("{module}.block.{l}.layer.1.DenseReluDense.wo.weight");
+    let config = json!({"model_type": "t5", "num_layers": 3, "num_decoder_layers": 2});
+    let mut names = vec!["shared.weight".to_owned(), bias("encoder", 0), bias("decoder", 0)];
+    names.extend((0..3).map(|l| up("encoder", l)));
+    names.extend((0..2).map(|l| up("decoder", l)));
+    two(folder.path(), &config, &names);
+    let text = "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  shared: {models: [{model: a}, {model: b}]}\n  \
+                decoder: {models: [{model: a}, {model: b}]}\n  encoder:\n    slices:\n    \
+                - sources: [{model: a, layer_range: [1, 3]}, {model: b, layer_range: [0, 2]}]\n    \
+                - sources: [{model: b, layer_range: [0, 1]}]\n";
+    let found: Vec<_> = merge(folder.path(), text).unwrap().tensors.into_keys().collect();
+    // Not of the third block, although that was the first one.
+    assert_eq!(found, {
+        names.sort();
+        names.clone()
+    });
+    // Where each block has its own, it moves with its block.
+    names.push(bias("encoder", 1));
+    two(folder.path(), &config, &names);
+    let text = "merge_method: passthrough\nmodules:\n  encoder:\n    slices: [{sources: [{model: a, layer_range: [1, 3]}]}]\n";
+    let merged = merge(folder.path(), text).unwrap();
+    assert!(merged.tensors.contains_key(&bias("encoder", 0)), "{:?}", merged.tensors.keys());
+    assert!(!merged.tensors.contains_key(&bias("encoder", 1)));
+}
+
 /// Slices in one module, whole models in the others, and parameters of every level.
 const MODULES: &str = "merge_method: linear
 modules:

@@ -53,25 +53,23 @@ impl Merge<'_, '_> {
         layer: usize,
         output: usize,
     ) -> Result<(), MergeError> {
-        let mut names = BTreeSet::new(); // text before and after the layer number
+        let mut names = BTreeSet::new(); // text before and after the layer number, and whether the first layer has it for all
         for input in &slice.inputs {
-            let number = input.range.start + layer;
-            for name in self.source(input).tensors.keys() {
-                match self.family.split(slice.module, name) {
-                    Some((l, head, tail)) if l == number => {
-                        names.insert((head.to_owned(), tail.to_owned()));
-                    }
-                    _ => {}
+            let (number, source) = (input.range.start + layer, self.source(input));
+            for name in source.tensors.keys() {
+                let Some((l, head, tail)) = self.family.split(slice.module, name) else { continue };
+                let common = of_first_layer(source, head, tail);
+                let wanted = if common { output == 0 } else { l == number };
+                if wanted {
+                    names.insert((head.to_owned(), tail.to_owned(), common));
                 }
             }
         }
         let t = if slice.layers > 1 { layer as f64 / (slice.layers - 1) as f64 } else { 1.0 };
-        for (head, tail) in names {
-            let inputs: Vec<_> = slice
-                .inputs
-                .iter()
-                .map(|i| format!("{head}{}{tail}", i.range.start + layer))
-                .collect();
+        for (head, tail, common) in names {
+            let number = |i: &PlannedInput| if common { 0 } else { i.range.start + layer };
+            let inputs: Vec<_> =
+                slice.inputs.iter().map(|i| format!("{head}{}{tail}", number(i))).collect();
             self.tensor(slice, t, &inputs, format!("{head}{output}{tail}"))?;
         }
         Ok(())
@@ -231,6 +229,14 @@ impl Merge<'_, '_> {
         ));
         RecipeErrors(vec![error])
     }
+}
+
+/// Ends of names of tensors that the first layer of a stack holds for all of them, as in t5.
+const OF_FIRST_LAYER: &[&str] = &[".layer.0.SelfAttention.relative_attention_bias.weight"];
+
+/// Whether a tensor of a layer is one of these; in umt5 each layer has its own.
+fn of_first_layer(source: &Source, head: &str, tail: &str) -> bool {
+    OF_FIRST_LAYER.contains(&tail) && !source.tensors.contains_key(&format!("{head}1{tail}"))
 }
 
 fn tensor_or_tied<'s>(source: &'s Source, name: &str) -> Option<&'s WeightRef> {
