@@ -114,6 +114,43 @@ fn wrong_dtypes() {
     }
 }
 
+/// A dense merge of two of the models.
+const DENSE: &str =
+    "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: prose}, {model: code}]\n";
+
+#[test]
+fn dense_merges_lose_no_weight_of_another_dtype() {
+    for (dtype, bytes, says) in [
+        ("F64", 8, "dtype=torch.bfloat16"),
+        ("F8_E4M3", 1, "quantised"),
+        ("I32", 4, "GPTQ"),
+        ("U8", 1, "GPTQ"),
+    ] {
+        let build = Build::of(DENSE);
+        build.tensors("code", |t| {
+            t.header[UP]["dtype"] = json!(dtype);
+            t.header[UP]["shape"] = json!([344, 128 * 2 / bytes]);
+        });
+        let says = ["code/model.safetensors", UP, "F32, BF16 or F16", dtype, says, "models[1]"];
+        build.refused(3, &says);
+    }
+    // What is no weight is told, once for each model.
+    let build = Build::of(DENSE);
+    build.all(|build, model| {
+        build.tensors(model, |t| {
+            t.add("model.steps", &[8]);
+            t.header["model.steps"]["dtype"] = json!("I64");
+            t.header["model.steps"]["shape"] = json!([2]);
+        });
+    });
+    let told = build.builds().stderr;
+    assert_eq!(told.matches("left out").count(), 2, "{told}");
+    assert!(told.contains("model.steps (I64 [2])"), "{told}");
+    let path = build.path("prose").display().to_string();
+    let verified = cli::run(&["verify", "--json", &path]).json();
+    assert_eq!(verified["extra_tensors"], json!(["model.steps"]));
+}
+
 #[test]
 fn missing_shard_named_by_the_index() {
     let build = Build::new();

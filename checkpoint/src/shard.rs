@@ -22,6 +22,35 @@ pub struct OtherTensor {
     pub file: PathBuf,
 }
 
+impl OtherTensor {
+    /// Whether it looks like a weight in a dtype that is not computed with: numbers with a point, or a matrix of packed ones.
+    pub fn is_weight(&self) -> bool {
+        let packed = matches!(self.dtype.as_str(), "I8" | "U8" | "I32" | "U32");
+        self.dtype.starts_with('F') || packed && self.shape.len() > 1
+    }
+
+    /// That it cannot be computed with.
+    pub fn unsupported(&self) -> CheckpointError {
+        let hint = match self.dtype.as_str() {
+            "I8" | "U8" | "I32" | "U32" => {
+                "this looks like a quantised checkpoint (bitsandbytes, GPTQ, AWQ); take its bf16 original"
+            }
+            d if d.starts_with('F') && d != "F64" => {
+                "this is a quantised checkpoint; take its bf16 original"
+            }
+            _ => "load the model in transformers with `dtype=torch.bfloat16` and save it again",
+        };
+        CheckpointError::Malformed {
+            what: "weight has an unsupported dtype".into(),
+            file: self.file.clone(),
+            tensor: Some(self.name.clone()),
+            expected: "F32, BF16 or F16".into(),
+            found: format!("{} {:?}", self.dtype, self.shape),
+            hint: Some(hint.into()),
+        }
+    }
+}
+
 impl std::fmt::Display for OtherTensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} ({} {:?})", self.name, self.dtype, self.shape)

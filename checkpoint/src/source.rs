@@ -207,21 +207,47 @@ impl Source {
     /// [`CheckpointError::MissingTensor`], with the nearest name there is; [`CheckpointError::Malformed`] if it is
     /// there in a dtype that is not computed with (`F64`, `F8_E4M3`, `I8`, …).
     pub fn weight(&self, name: &str) -> Result<&WeightRef, CheckpointError> {
-        if let Some(weight) = self.tensors.get(name) {
-            return Ok(weight);
+        self.tensors.get(name).ok_or_else(|| self.missing(name))
+    }
+
+    /// Why there is no weight of that name: it, or what seems to stand in its place, has a dtype that is not computed with, or
+    /// nothing is there.
+    pub fn missing(&self, name: &str) -> CheckpointError {
+        let stem = |n: &str| n.rsplit_once('.').map_or(n.to_owned(), |(stem, _)| stem.to_owned());
+        let same = self.other.iter().find(|o| o.name == name);
+        let packed = || self.other.iter().find(|o| o.is_weight() && stem(&o.name) == stem(name));
+        if let Some(other) = same.or_else(packed) {
+            return other.unsupported();
         }
-        match self.other.iter().find(|o| o.name == name) {
-            Some(other) => Err(wrong_dtype(other)),
-            None => Err(CheckpointError::MissingTensor {
-                file: self.path.clone(),
-                tensor: name.to_owned(),
-                nearest: file::nearest(
-                    name,
-                    self.tensors.keys().map(String::as_str).filter(|n| same_numbers(n, name)),
-                )
-                .map(str::to_owned),
-            }),
+        let alike = self.tensors.keys().map(String::as_str).filter(|n| same_numbers(n, name));
+        CheckpointError::MissingTensor {
+            file: self.path.clone(),
+            tensor: name.to_owned(),
+            nearest: file::nearest(name, alike).map(str::to_owned),
         }
+    }
+
+    /// For work that goes through all weights: tensors that are none are noted as left out.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Malformed`] if one of them looks like a weight ([`OtherTensor::is_weight`]).
+    pub fn only_weights(mut self) -> Result<Self, CheckpointError> {
+        let other = std::mem::take(&mut self.other);
+        if let Some(weight) = other.iter().find(|o| o.is_weight()) {
+            return Err(weight.unsupported());
+        }
+        if let Some(first) = other.first() {
+            let (label, count) = (&self.label, other.len());
+            let which = if count > 1 {
+                format!("{count} tensors, {first} first")
+            } else {
+                first.to_string()
+            };
+            self.notes.push(format!(
+                "`{label}`: left out, for they hold no floating-point numbers: {which}"
+            ));
+        }
+        Ok(self)
     }
 
     /// The side file `name`, if the model has it.
@@ -234,26 +260,6 @@ impl Source {
 fn same_numbers(a: &str, b: &str) -> bool {
     let digits = |c: &char| c.is_ascii_digit();
     a.chars().filter(digits).eq(b.chars().filter(digits))
-}
-
-fn wrong_dtype(other: &OtherTensor) -> CheckpointError {
-    let hint = match other.dtype.as_str() {
-        d if d.starts_with("F8") || d.starts_with("F6") || d.starts_with("F4") => {
-            "this is a quantised checkpoint; take its bf16 original"
-        }
-        "I8" | "U8" | "I32" | "U32" => {
-            "this looks like a quantised checkpoint (bitsandbytes, GPTQ, AWQ); take its bf16 original"
-        }
-        _ => "load the model in transformers with `dtype=torch.bfloat16` and save it again",
-    };
-    CheckpointError::Malformed {
-        what: "weight has an unsupported dtype".into(),
-        file: other.file.clone(),
-        tensor: Some(other.name.clone()),
-        expected: "F32, BF16 or F16".into(),
-        found: format!("{} {:?}", other.dtype, other.shape),
-        hint: Some(hint.into()),
-    }
 }
 
 /// A model or adapter as a path: one that exists, else a snapshot of the Hub cache.

@@ -142,13 +142,12 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
     });
     let notes = models.opened.iter().flat_map(|m| m.source.notes.clone());
     let notes = notes.chain(matches.iter().map(ExpertMatch::note));
-    let kept = |name: &str| modules.iter().any(|m| m.whole && family.holds(m.module, name));
     let source = Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),
         config,
         tensors,
-        other: donor.other.iter().filter(|o| kept(&o.name)).cloned().collect(),
+        other: Vec::new(),
         files,
         side: side_files(recipe, models, donor, vocabulary)?,
         notes: notes.chain(left_out(models, family, &modules)).chain(changes).collect(),

@@ -111,7 +111,13 @@ pub fn verify(
         let tensor = tensor.to_owned();
         match source.tensors.get(&tensor) {
             None if !required => {}
-            None => findings.push(Finding::Missing { tensor, shape: shape.to_vec() }),
+            None => findings.push(match source.missing(&tensor) {
+                CheckpointError::Malformed { expected, found, .. } => {
+                    let reason = format!("{found}, expected {expected}");
+                    Finding::Unreadable { tensor, reason }
+                }
+                _ => Finding::Missing { tensor, shape: shape.to_vec() },
+            }),
             Some(weight) if weight.shape() != shape => findings.push(Finding::Shape {
                 tensor,
                 expected: shape.to_vec(),
@@ -121,7 +127,9 @@ pub fn verify(
         }
     }
     let extra = source.tensors.keys().filter(|n| !known.contains_key(n.as_str()));
-    let extra: Vec<String> = extra.cloned().collect();
+    let other = source.other.iter().map(|o| &o.name);
+    let other = other.filter(|n| !known.contains_key(n.as_str()));
+    let extra: Vec<String> = extra.chain(other).cloned().collect();
     let tensors: Vec<(&String, &WeightRef)> = source.tensors.iter().collect();
     let checked: Vec<Option<Finding>> = tensors
         .par_iter()

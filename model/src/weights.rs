@@ -1,11 +1,10 @@
 //! Tensors of a source, checked and ready for use.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use moe_merge_checkpoint::weight::{OwnedWeight, RowSlice};
-use moe_merge_checkpoint::{CheckpointError, Source, WeightRef};
+use moe_merge_checkpoint::{Source, WeightRef};
 use moe_merge_kernels::Exec;
 
 use crate::error::ModelError;
@@ -14,9 +13,8 @@ use crate::spec::Spec;
 
 /// Tensors by Hub name, with the shapes that a spec expects.
 pub(crate) struct Weights {
-    tensors: BTreeMap<String, WeightRef>,
+    source: Source,
     expected: BTreeMap<String, Vec<usize>>,
-    path: PathBuf,
     /// How products with them are computed.
     pub exec: Exec,
 }
@@ -25,9 +23,8 @@ impl Weights {
     /// Products with them are exact.
     pub fn new(source: &Source, spec: &Spec) -> Result<Self, ModelError> {
         Ok(Self {
-            tensors: source.tensors.clone(),
+            source: source.clone(),
             expected: spec.expected_tensors().into_iter().collect(),
-            path: source.path.clone(),
             exec: Exec::default(),
         })
     }
@@ -49,11 +46,7 @@ impl Weights {
 
     /// A tensor of the shape expected; its numbers may have to be computed whenever they are read.
     pub fn stored(&self, name: &str) -> Result<WeightRef, ModelError> {
-        let weight = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
-            file: self.path.clone(),
-            tensor: name.to_owned(),
-            nearest: nearest(name, self.tensors.keys()),
-        })?;
+        let weight = self.source.weight(name)?;
         if let Some(shape) = self.expected.get(name) {
             weight.expect_shape(shape, "from the sizes in the configuration")?;
         }
@@ -101,26 +94,18 @@ impl Weights {
 
     /// Puts `weight` in the place of the tensor `name`.
     pub fn replace(&mut self, name: String, weight: WeightRef) {
-        self.tensors.insert(name, weight);
+        self.source.tensors.insert(name, weight);
     }
 
     /// Lets the pages of all tensors below `prefix` leave memory.
     pub fn release(&self, prefix: &str) {
-        for (_, weight) in
-            self.tensors.range(prefix.to_owned()..).take_while(|(n, _)| n.starts_with(prefix))
+        for (_, weight) in self
+            .source
+            .tensors
+            .range(prefix.to_owned()..)
+            .take_while(|(n, _)| n.starts_with(prefix))
         {
             weight.release();
         }
     }
-}
-
-/// The name that shares the longest beginning and ending with `name`.
-fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a String>) -> Option<String> {
-    let common = |other: &&String| {
-        let ahead = name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-        let behind =
-            name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
-        ahead + behind
-    };
-    names.max_by_key(common).cloned()
 }

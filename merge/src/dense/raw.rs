@@ -100,14 +100,7 @@ pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<So
             names.join(", ")
         ));
     }
-    for model in &models.opened {
-        for other in &model.source.other {
-            notes.push(format!(
-                "{}: left out, no floating-point numbers: {other}",
-                model.source.label
-            ));
-        }
-    }
+    notes.extend(models.opened.iter().flat_map(|m| m.source.notes.clone()));
     Ok(Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),

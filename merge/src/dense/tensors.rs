@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use moe_merge_checkpoint::{CheckpointError, Dtype, Source, WeightRef};
+use moe_merge_checkpoint::{Dtype, Source, WeightRef};
 
 use super::models::Models;
 use super::modules::Family;
@@ -78,12 +78,7 @@ impl Merge<'_, '_> {
     /// A tensor of one model, the embedding for a head that it does not have, in the rows of the common vocabulary.
     fn input(&self, input: &PlannedInput, name: &str) -> Result<WeightRef, MergeError> {
         let source = self.source(input);
-        let weight =
-            tensor_or_tied(source, name).ok_or_else(|| CheckpointError::MissingTensor {
-                file: source.path.clone(),
-                tensor: name.to_owned(),
-                nearest: None,
-            })?;
+        let weight = tensor_or_tied(source, name).ok_or_else(|| source.missing(name))?;
         let Some(vocabulary) = self.vocabulary else { return Ok(weight.clone()) };
         if !has_vocabulary_axis(name, weight.shape(), vocabulary.rows_of(input.model)) {
             return Ok(weight.clone());
