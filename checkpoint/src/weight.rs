@@ -3,9 +3,10 @@
 use std::fmt::Debug;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::Arc;
 
-use moe_merge_kernels::{Dtype, cast};
+use moe_merge_kernels::{Dtype, cast, elementwise};
 use rayon::prelude::*;
 
 use crate::error::CheckpointError;
@@ -29,7 +30,9 @@ pub trait Weight: Debug + Send + Sync {
     fn dtype(&self) -> Dtype;
 
     /// Its bytes in [`Weight::dtype`], little-endian and row-major, if they exist somewhere as they are.
-    fn bytes(&self) -> Option<&[u8]>;
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
 
     /// Writes `rows` to `out`, `rows.len() * cols` values.
     ///
@@ -37,8 +40,15 @@ pub trait Weight: Debug + Send + Sync {
     /// What computing the rows can meet; never for a plain view of a file.
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError>;
 
-    /// The file it comes from and its name there, for messages.
-    fn origin(&self) -> (PathBuf, String);
+    /// The weights that it is made of, which are prepared and released with it; none where it lies somewhere as it is.
+    fn inputs(&self) -> &[WeightRef] {
+        &[]
+    }
+
+    /// The file it comes from and its name there, for messages: those of the first of its inputs.
+    fn origin(&self) -> (PathBuf, String) {
+        self.inputs().first().map_or_else(|| (PathBuf::new(), String::new()), |w| w.origin())
+    }
 
     /// The rows of the tensor that [`Weight::origin`] names which it is, where it is a part of one.
     fn part(&self) -> Option<Range<usize>> {
@@ -51,15 +61,17 @@ pub trait Weight: Debug + Send + Sync {
     /// # Errors
     /// As [`Weight::read_rows`].
     fn prepare(&self) -> Result<(), CheckpointError> {
-        Ok(())
+        self.inputs().iter().try_for_each(|w| w.prepare())
     }
 
     /// Tells that it will not be read again soon, so that its pages may leave memory.
-    fn release(&self) {}
+    fn release(&self) {
+        self.inputs().iter().for_each(|w| w.release());
+    }
 
     /// What a person should know about its numbers, which was not known before they were computed.
     fn remark(&self) -> Option<String> {
-        None
+        self.inputs().iter().find_map(|w| w.remark())
     }
 }
 
@@ -296,29 +308,17 @@ impl Weight for RowSlice {
         self.inner.read_rows(self.rows.start + rows.start..self.rows.start + rows.end, out)
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 
     fn part(&self) -> Option<Range<usize>> {
         let start = self.inner.part().map_or(0, |outer| outer.start);
         Some(start + self.rows.start..start + self.rows.end)
     }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
-    }
 }
 
-/// Another weight that is to be stored in a dtype of its own; its numbers are rounded once, when they are written.
+/// Another weight as it is in a dtype of its own: its numbers are rounded while they are read.
 #[derive(Debug, Clone)]
 pub struct Retyped {
     inner: WeightRef,
@@ -326,12 +326,14 @@ pub struct Retyped {
 }
 
 impl Retyped {
+    /// `inner`, rounded to nearest even in `dtype`.
+    pub fn new(inner: WeightRef, dtype: Dtype) -> Self {
+        Self { inner, dtype }
+    }
+
     /// `inner` as `dtype`; the same weight if it has that dtype.
     pub fn of(inner: WeightRef, dtype: Dtype) -> WeightRef {
-        match inner.dtype() == dtype {
-            true => inner,
-            false => Arc::new(Self { inner, dtype }),
-        }
+        if inner.dtype() == dtype { inner } else { Arc::new(Self::new(inner, dtype)) }
     }
 }
 
@@ -344,34 +346,14 @@ impl Weight for Retyped {
         self.dtype
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.inner.read_rows(rows.clone(), out)?;
-        if self.dtype != Dtype::F32 {
-            let mut rounded = vec![0; out.len() * self.dtype.size()];
-            cast::narrow(out, self.dtype, &mut rounded);
-            cast::widen(&rounded, self.dtype, out);
-        }
+        self.inner.read_rows(rows, out)?;
+        elementwise::round(out, self.dtype);
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 
@@ -404,10 +386,6 @@ impl Weight for PermutedRows {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         if self.inner.shape().len() == 1 {
             let all = self.inner.to_f32()?;
@@ -423,20 +401,8 @@ impl Weight for PermutedRows {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 
@@ -470,10 +436,6 @@ impl Weight for Stacked {
         if self.parts.iter().all(|p| p.dtype() == first) { first } else { Dtype::F32 }
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let cols = (self as &dyn Weight).cols();
         let (mut start, mut done) = (0, 0);
@@ -490,19 +452,7 @@ impl Weight for Stacked {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.parts.first().map_or_else(|| (PathBuf::new(), String::new()), |p| p.origin())
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.parts.iter().try_for_each(|p| p.prepare())
-    }
-
-    fn release(&self) {
-        self.parts.iter().for_each(|p| p.release());
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.parts.iter().find_map(|p| p.remark())
+    fn inputs(&self) -> &[WeightRef] {
+        &self.parts
     }
 }

@@ -1,11 +1,11 @@
 //! Weights made of others while they are read: noise added, scaled, side by side.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::slice;
 use std::sync::Arc;
 
+use moe_merge_checkpoint::weight::Retyped;
 use moe_merge_checkpoint::{CheckpointError, Dtype, Weight, WeightRef};
-use moe_merge_kernels::cast;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -54,10 +54,6 @@ impl Weight for PermutedColumns {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let cols = self.inner.cols().max(1);
         let mut row = vec![0.0; cols];
@@ -68,20 +64,8 @@ impl Weight for PermutedColumns {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 
@@ -135,10 +119,6 @@ impl Weight for Adjusted {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let first = rows.start * self.inner.cols();
         self.inner.read_rows(rows, out)?;
@@ -151,20 +131,8 @@ impl Weight for Adjusted {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 
@@ -198,10 +166,6 @@ impl Weight for SideBySide {
         if self.parts.iter().all(|p| p.dtype() == first) { first } else { Dtype::F32 }
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let width = self.shape[1].max(1);
         for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
@@ -215,72 +179,15 @@ impl Weight for SideBySide {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.parts.first().map_or_else(|| (PathBuf::new(), String::new()), |p| p.origin())
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.parts.iter().try_for_each(|p| p.prepare())
-    }
-
-    fn release(&self) {
-        self.parts.iter().for_each(|p| p.release());
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.parts.iter().find_map(|p| p.remark())
+    fn inputs(&self) -> &[WeightRef] {
+        &self.parts
     }
 }
 
 /// `weight` as it will be read back once it was written in `dtype`.
 pub fn rounded(weight: WeightRef, dtype: Dtype) -> WeightRef {
     let as_it_is = weight.dtype() == dtype && (weight.bytes().is_some() || dtype == Dtype::F32);
-    if as_it_is { weight } else { Arc::new(Rounded { inner: weight, dtype }) }
-}
-
-/// A weight whose numbers are rounded while they are read.
-#[derive(Debug, Clone)]
-struct Rounded {
-    inner: WeightRef,
-    dtype: Dtype,
-}
-
-impl Weight for Rounded {
-    fn shape(&self) -> &[usize] {
-        self.inner.shape()
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
-    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.inner.read_rows(rows, out)?;
-        let mut bytes = vec![0; out.len() * self.dtype.size()];
-        cast::narrow(out, self.dtype, &mut bytes);
-        cast::widen(&bytes, self.dtype, out);
-        Ok(())
-    }
-
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
-    }
+    if as_it_is { weight } else { Arc::new(Retyped::new(weight, dtype)) }
 }
 
 #[cfg(test)]

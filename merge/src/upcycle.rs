@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
@@ -348,10 +349,6 @@ impl Weight for Variant {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let facts = self.facts()?;
         let cols = self.inner.cols().max(1);
@@ -369,17 +366,13 @@ impl Weight for Variant {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 
     fn prepare(&self) -> Result<(), CheckpointError> {
         self.inner.prepare()?;
         self.facts().map(|_| ())
-    }
-
-    fn release(&self) {
-        self.inner.release();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Weights with an adapter on top, computed row by row while they are read.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::slice;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use moe_merge_kernels::{Dtype, cast};
@@ -261,10 +261,6 @@ impl Weight for Dora {
         self.sum.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let cols = (self as &dyn Weight).cols().max(1);
         self.sum.read_rows(rows.clone(), out)?;
@@ -286,12 +282,8 @@ impl Weight for Dora {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.sum.origin()
-    }
-
-    fn release(&self) {
-        self.sum.release();
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.sum)
     }
 }
 
@@ -314,10 +306,6 @@ impl Weight for ReplacedRows {
         self.base.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         self.base.read_rows(rows.clone(), out)?;
         let cols = self.values.cols;
@@ -329,12 +317,8 @@ impl Weight for ReplacedRows {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.base.origin()
-    }
-
-    fn release(&self) {
-        self.base.release();
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.base)
     }
 }
 
@@ -362,11 +346,7 @@ impl Weight for Recast {
         self.inner.read_rows(rows, out)
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn release(&self) {
-        self.inner.release();
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }

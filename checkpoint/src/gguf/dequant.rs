@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::slice;
 
 use half::f16;
 use moe_merge_kernels::Dtype;
@@ -75,10 +76,6 @@ impl Weight for BlockWeight {
         Dtype::F32
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let (block, size) = self.kind.block();
         let width = (self as &dyn Weight).cols() / block * size;
@@ -123,22 +120,14 @@ impl Weight for Shifted {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         self.inner.read_rows(rows, out)?;
         out.iter_mut().for_each(|v| *v += self.by);
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn release(&self) {
-        self.inner.release();
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::slice;
 
 use moe_merge_kernels::Dtype;
 
@@ -47,10 +47,6 @@ impl<U: Update> Weight for Updated<U> {
         self.base.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         self.base.read_rows(rows.clone(), out)?;
         let [count, cols] = self.update.shape();
@@ -62,8 +58,8 @@ impl<U: Update> Weight for Updated<U> {
         Ok(())
     }
 
-    fn origin(&self) -> (PathBuf, String) {
-        self.base.origin()
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.base)
     }
 
     fn release(&self) {

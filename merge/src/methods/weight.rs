@@ -11,6 +11,7 @@ use moe_merge_kernels::elementwise;
 
 use super::scan::BLOCK;
 use super::{Method, passthrough};
+use crate::compose::rounded;
 
 /// One tensor of several models, and what the recipe says about it.
 #[derive(Debug)]
@@ -82,10 +83,8 @@ pub trait Combine: Debug + Send + Sync {
 /// What the method cannot do with these values, in one line.
 pub fn merged(method: &Method, group: Group) -> Result<WeightRef, String> {
     let dtype = group.dtype;
-    let plain = |w: &WeightRef| w.dtype() == dtype && w.bytes().is_some();
-    let as_dtype = |w: &WeightRef| -> WeightRef {
-        if plain(w) { w.clone() } else { Arc::new(Cast { inner: w.clone(), dtype }) }
-    };
+    // A computed weight (an adapter applied) counts as the dtype in which it would have been stored.
+    let as_dtype = |w: &WeightRef| rounded(rounded(w.clone(), w.dtype()), dtype);
     let group = Group { inputs: group.inputs.iter().map(as_dtype).collect(), ..group };
     if let [only] = group.inputs.as_slice()
         && passthrough::is_copy(method, &group)
@@ -133,10 +132,6 @@ impl Weight for Merged {
         self.dtype
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let cols = (self as &dyn Weight).cols().max(1);
         let step = (BLOCK / cols).max(1);
@@ -152,6 +147,10 @@ impl Weight for Merged {
             from = to;
         }
         Ok(())
+    }
+
+    fn inputs(&self) -> &[WeightRef] {
+        &self.inputs
     }
 
     fn prepare(&self) -> Result<(), CheckpointError> {
@@ -170,52 +169,6 @@ impl Weight for Merged {
 
     fn remark(&self) -> Option<String> {
         self.combine.remark().or_else(|| self.inputs.iter().find_map(|w| w.remark()))
-    }
-}
-
-/// A weight rounded to the dtype of the arithmetic.
-#[derive(Debug)]
-struct Cast {
-    inner: WeightRef,
-    dtype: Dtype,
-}
-
-impl Weight for Cast {
-    fn shape(&self) -> &[usize] {
-        self.inner.shape()
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
-    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.inner.read_rows(rows, out)?;
-        let stored = self.inner.dtype();
-        // A computed weight (an adapter applied) counts as the dtype in which it would have been stored.
-        elementwise::round(out, stored);
-        elementwise::round(out, self.dtype);
-        Ok(())
-    }
-
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn release(&self) {
-        self.inner.release();
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.inner.remark()
     }
 }
 

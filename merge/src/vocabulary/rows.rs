@@ -1,7 +1,7 @@
 //! Rows of an embedding in the order of another vocabulary.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::slice;
 use std::sync::{Arc, OnceLock};
 
 use moe_merge_checkpoint::{CheckpointError, Dtype, Weight, WeightRef};
@@ -119,10 +119,6 @@ impl Weight for Mapped {
         self.inner.dtype()
     }
 
-    fn bytes(&self) -> Option<&[u8]> {
-        None
-    }
-
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
         let tokens = if self.shape.len() == 1 { 0..self.shape[0] } else { rows };
         for (j, out) in tokens.zip(out.chunks_exact_mut(self.width().max(1))) {
@@ -131,16 +127,8 @@ impl Weight for Mapped {
         Ok(())
     }
 
-    fn prepare(&self) -> Result<(), CheckpointError> {
-        self.inner.prepare()
-    }
-
-    fn origin(&self) -> (PathBuf, String) {
-        self.inner.origin()
-    }
-
-    fn release(&self) {
-        self.inner.release();
+    fn inputs(&self) -> &[WeightRef] {
+        slice::from_ref(&self.inner)
     }
 }
 
