@@ -283,7 +283,11 @@ impl Weight for Dora {
     }
 
     fn inputs(&self) -> &[WeightRef] {
-        slice::from_ref(&self.sum)
+        self.sum.inputs()
+    }
+
+    fn release(&self) {
+        self.sum.release();
     }
 }
 
