@@ -9,7 +9,9 @@ use moe_merge_checkpoint::manifest::{FileRecord, Manifest, SourceRecord, hash_fi
 use moe_merge_checkpoint::write::{
     OutTensor, ShardName, ShardPlan, Watch, write_json, write_shards,
 };
-use moe_merge_checkpoint::{Change, CheckpointError, Interrupt, NewTensors, Source, weights_in};
+use moe_merge_checkpoint::{
+    Change, CheckpointError, Interrupt, NewTensors, Source, WeightRef, weights_in,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -192,16 +194,13 @@ fn write(
     watch: Watch<'_>,
 ) -> Result<u64, AdaptError> {
     fs::create_dir_all(folder).map_err(|e| CheckpointError::io("creating a folder", folder, e))?;
-    let plan = |NewTensors { role, tensors }: &NewTensors| ShardPlan {
-        name: ShardName::ByContent(role.clone()),
-        tensors: tensors
-            .iter()
-            .map(|(name, weight)| OutTensor {
-                name: name.clone(),
-                weight: weight.clone(),
-                dtype: weight.dtype(),
-            })
-            .collect(),
+    let plan = |NewTensors { role, tensors }: &NewTensors| {
+        let tensor = |(name, weight): &(String, WeightRef)| OutTensor {
+            name: name.clone(),
+            weight: weight.clone(),
+            dtype: weight.dtype(),
+        };
+        ShardPlan::new(ShardName::ByContent(role.clone()), tensors.iter().map(tensor).collect())
     };
     let plans: Vec<ShardPlan> = change.tensors.iter().map(plan).collect();
     let written = write_shards(folder, &plans, watch)?;

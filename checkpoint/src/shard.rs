@@ -1,6 +1,7 @@
 //! One safetensors file.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use crate::map::MappedFile;
 use crate::weight::{MappedWeight, WeightRef};
 
 /// A tensor that is no weight: an integer buffer, or numbers in a dtype that is not computed with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct OtherTensor {
     /// Its name.
     pub name: String,
@@ -20,13 +21,21 @@ pub struct OtherTensor {
     pub shape: Vec<usize>,
     /// The file it is in.
     pub file: PathBuf,
+    /// Its bytes; none in formats with tensors that stand for something else.
+    pub(crate) data: Option<(MappedFile, Range<usize>)>,
 }
 
 impl OtherTensor {
-    /// Whether it looks like a weight in a dtype that is not computed with: numbers with a point, or a matrix of packed ones.
+    /// Its bytes as a safetensors file has them, if it is in one.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        self.data.as_ref().map(|(file, range)| &file.bytes()[range.clone()])
+    }
+
+    /// Whether it looks like a weight in a dtype that is not computed with: numbers with a point, or integers called a weight.
     pub fn is_weight(&self) -> bool {
-        let packed = matches!(self.dtype.as_str(), "I8" | "U8" | "I32" | "U32");
-        self.dtype.starts_with('F') || packed && self.shape.len() > 1
+        let integers = self.dtype.starts_with(['I', 'U']) || self.dtype == "BOOL";
+        let last = self.name.rsplit('.').next().unwrap_or_default();
+        self.data.is_some() && (!integers || last.contains("weight"))
     }
 
     /// That it cannot be computed with.
@@ -92,6 +101,7 @@ pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
                 dtype: tensor.stored.to_owned(),
                 shape: tensor.shape,
                 file: path.to_owned(),
+                data: Some((file.clone(), tensor.range)),
             }),
         }
     }

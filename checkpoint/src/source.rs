@@ -214,7 +214,7 @@ impl Source {
     /// nothing is there.
     pub fn missing(&self, name: &str) -> CheckpointError {
         let stem = |n: &str| n.rsplit_once('.').map_or(n.to_owned(), |(stem, _)| stem.to_owned());
-        let same = self.other.iter().find(|o| o.name == name);
+        let same = self.other(name);
         let packed = || self.other.iter().find(|o| o.is_weight() && stem(&o.name) == stem(name));
         if let Some(other) = same.or_else(packed) {
             return other.unsupported();
@@ -227,27 +227,19 @@ impl Source {
         }
     }
 
-    /// For work that goes through all weights: tensors that are none are noted as left out.
+    /// For work that goes through all weights, whatever their names.
     ///
     /// # Errors
-    /// [`CheckpointError::Malformed`] if one of them looks like a weight ([`OtherTensor::is_weight`]).
-    pub fn only_weights(mut self) -> Result<Self, CheckpointError> {
-        let other = std::mem::take(&mut self.other);
-        if let Some(weight) = other.iter().find(|o| o.is_weight()) {
-            return Err(weight.unsupported());
-        }
-        if let Some(first) = other.first() {
-            let (label, count) = (&self.label, other.len());
-            let which = if count > 1 {
-                format!("{count} tensors, {first} first")
-            } else {
-                first.to_string()
-            };
-            self.notes.push(format!(
-                "`{label}`: left out, for they hold no floating-point numbers: {which}"
-            ));
-        }
-        Ok(self)
+    /// [`CheckpointError::Malformed`] if one of them has a dtype that is not computed with ([`OtherTensor::is_weight`]).
+    pub fn computable(&self) -> Result<(), CheckpointError> {
+        let quantised = self.config.0.contains_key("quantization_config");
+        let weight = |o: &&OtherTensor| o.is_weight() || quantised && o.bytes().is_some();
+        self.other.iter().find(weight).map_or(Ok(()), |o| Err(o.unsupported()))
+    }
+
+    /// The tensor `name`, if it is there and is no weight.
+    pub fn other(&self, name: &str) -> Option<&OtherTensor> {
+        self.other.iter().find(|o| o.name == name)
     }
 
     /// The side file `name`, if the model has it.

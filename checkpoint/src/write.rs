@@ -15,6 +15,7 @@ use crate::error::CheckpointError;
 use crate::manifest::FileRecord;
 use crate::publish::{Interrupt, free_bytes};
 use crate::resume::Log;
+use crate::shard::OtherTensor;
 use crate::weight::WeightRef;
 use file::Run;
 
@@ -63,6 +64,15 @@ pub struct ShardPlan {
     pub name: ShardName,
     /// What it holds, in any order: the file is sorted by size of number (largest first), then by name.
     pub tensors: Vec<OutTensor>,
+    /// Tensors that are no weights, copied as they are; those whose bytes are not known are left out.
+    pub buffers: Vec<OtherTensor>,
+}
+
+impl ShardPlan {
+    /// A file of weights alone.
+    pub fn new(name: ShardName, tensors: Vec<OutTensor>) -> Self {
+        Self { name, tensors, buffers: Vec::new() }
+    }
 }
 
 /// A file that was written.

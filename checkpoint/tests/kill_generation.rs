@@ -46,11 +46,11 @@ fn model(dir: &Path, single: bool) {
     let plans = match single {
         true => {
             tensors.extend(second);
-            vec![ShardPlan { name: fixed("model.safetensors"), tensors }]
+            vec![ShardPlan::new(fixed("model.safetensors"), tensors)]
         }
         false => vec![
-            ShardPlan { name: fixed("model-00001-of-00002.safetensors"), tensors },
-            ShardPlan { name: fixed("model-00002-of-00002.safetensors"), tensors: second },
+            ShardPlan::new(fixed("model-00001-of-00002.safetensors"), tensors),
+            ShardPlan::new(fixed("model-00002-of-00002.safetensors"), second),
         ],
     };
     let interrupt = Interrupt::default();

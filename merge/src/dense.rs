@@ -1,6 +1,6 @@
 //! Dense merges: which tensors go together, with which parameters.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use moe_merge_checkpoint::publish::Interrupt;
@@ -102,8 +102,7 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
     models.check_families(donor)?;
     let matches = std::mem::take(&mut models.experts.matches);
     let (models, family, vocabulary) = (&models, &family, vocabulary.as_ref());
-    let (tensors, fitted) = (BTreeMap::new(), BTreeMap::new());
-    let mut merge = Merge { recipe, models, family, vocabulary, tensors, fitted };
+    let mut merge = Merge::new(recipe, models, family, vocabulary);
     for PlannedModule { slices, .. } in &modules {
         let mut offset = 0;
         for (i, slice) in slices.iter().enumerate() {
@@ -119,7 +118,8 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
             }
         }
     }
-    let (mut tensors, fitted) = (merge.tensors, merge.fitted);
+    let partial = merge.partial_note();
+    let Merge { mut tensors, fitted, buffers, .. } = merge;
     let fitting = Fitting::new(recipe, members(recipe, models, &modules), fitted)?;
     let donor = &models.opened[donor].source;
     if fuse {
@@ -141,13 +141,13 @@ fn merge_in(trail: &Trail, recipe: &DenseRecipe, base_dir: &Path) -> Result<Open
         tensors: &tensors,
     });
     let notes = models.opened.iter().flat_map(|m| m.source.notes.clone());
-    let notes = notes.chain(matches.iter().map(ExpertMatch::note));
+    let notes = notes.chain(matches.iter().map(ExpertMatch::note)).chain(partial);
     let source = Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),
         config,
         tensors,
-        other: Vec::new(),
+        other: buffers,
         files,
         side: side_files(recipe, models, donor, vocabulary)?,
         notes: notes.chain(left_out(models, family, &modules)).chain(changes).collect(),

@@ -95,7 +95,8 @@ pub fn write(
     finish(staging, &assembly.base, config, &title, provenance, manifest, files)
 }
 
-/// Writes a merged model into `staging`: the tensors of `source` as they are or as they are computed, rounded to `dtype`.
+/// Writes a merged model into `staging`: the tensors of `source` as they are or as they are computed, rounded to `dtype`, and
+/// those that are no weights.
 /// A dense model is cut into shards as usual, a MoE by role, as [`write()`] does it.
 ///
 /// * `inputs`: what went in, for manifest and card, each with its role
@@ -119,13 +120,18 @@ pub fn write_dense(
             dtype: dtype.unwrap_or(weight.dtype()),
         })
         .collect();
-    let bytes: u64 = tensors.iter().map(OutTensor::size).sum();
+    let buffers = source.other.iter().filter_map(|b| b.bytes());
+    let bytes: u64 = tensors.iter().map(OutTensor::size).sum::<u64>()
+        + buffers.map(|b| b.len() as u64).sum::<u64>();
     let experts = ExpertRoles::of(source);
     let limit = provenance.shard_limit();
-    let shards = match &experts {
+    let mut shards = match &experts {
         Some(experts) => by_role(tensors.into_iter().map(|t| (experts.role(&t.name), t)), limit),
         None => numbered(tensors, limit),
     };
+    if let Some(first) = shards.first_mut() {
+        first.buffers.clone_from(&source.other);
+    }
     let single = matches!(&shards[..], [shard] if matches!(shard.name, ShardName::Fixed(_)));
     let (shards, sources) = write_and_hash(&shards, inputs, bytes, staging, watch)?;
     let mut files = Vec::new();
@@ -173,7 +179,7 @@ fn numbered(tensors: Vec<OutTensor>, limit: u64) -> Vec<ShardPlan> {
     parts
         .into_iter()
         .enumerate()
-        .map(|(i, tensors)| ShardPlan { name: ShardName::Fixed(name(i)), tensors })
+        .map(|(i, tensors)| ShardPlan::new(ShardName::Fixed(name(i)), tensors))
         .collect()
 }
 
@@ -197,7 +203,7 @@ fn by_role(tensors: impl Iterator<Item = (Role, OutTensor)>, limit: u64) -> Vec<
         let many = parts.len() > 1;
         for (i, tensors) in parts.into_iter().enumerate() {
             let stem = if many { format!("{}-{:05}", role.stem(), i + 1) } else { role.stem() };
-            shards.push(ShardPlan { name: ShardName::ByContent(stem), tensors });
+            shards.push(ShardPlan::new(ShardName::ByContent(stem), tensors));
         }
     }
     shards

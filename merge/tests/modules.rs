@@ -355,3 +355,43 @@ fn methods_that_look_at_text_want_whole_models() {
     let told_of = told(&merge(folder.path(), text).unwrap_err());
     assert!(told_of.contains("qwen2_vl") && told_of.contains("by weights alone"), "{told_of}");
 }
+
+#[test]
+fn unknown_families_merge_a_tensor_among_the_models_that_have_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |model_type: &str| {
+        let config = json!({"model_type": model_type, "num_hidden_layers": 1});
+        let names = |own: &[&str]| {
+            ["embed", "h.0.w"].iter().chain(own).map(|n| (*n).to_owned()).collect::<Vec<_>>()
+        };
+        for (model, value, own) in
+            [("a", 1.0, &["h.0.q", "x"][..]), ("b", 3.0, &["h.0.q"]), ("c", 8.0, &["y"])]
+        {
+            let tensors: Vec<_> = names(own).into_iter().map(|n| (n, vec![value; 2])).collect();
+            write_model(&folder.path().join(model), &config, &tensors);
+        }
+    };
+    write("foo");
+    let linear = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}, {model: c}]\n";
+    let merged = merge(folder.path(), linear).unwrap();
+    // Golden: mergekit 0.1.5 on the same models.
+    let expected = [("embed", 4.0), ("h.0.q", 2.0), ("h.0.w", 4.0), ("x", 1.0), ("y", 8.0)];
+    assert_eq!(merged.tensors.len(), expected.len());
+    for (name, value) in expected {
+        assert_eq!(values(&merged, name), [value; 2], "{name}");
+    }
+    let note = merged.notes.join("; ");
+    assert!(note.contains("not all models have `x` and 2 tensors more"), "{note}");
+    // What two of two are needed for is copied from the one that has it; a base is needed in any case.
+    let slerp = "merge_method: slerp\nbase_model: a\nparameters: {t: 0.25}\nmodels: [{model: a}, {model: c}]\n";
+    let error = merge(folder.path(), slerp).unwrap_err();
+    assert!(told(&error).contains("y") && told(&error).contains("missing"), "{}", told(&error));
+    let nuslerp =
+        "merge_method: nuslerp\nparameters: {weight: 1}\nmodels: [{model: b}, {model: c}]\n";
+    let merged = merge(folder.path(), nuslerp).unwrap();
+    assert_eq!((values(&merged, "h.0.q"), values(&merged, "y")), (vec![3.0; 2], vec![8.0; 2]));
+    // A llama without a tensor is a broken one.
+    write("llama");
+    let error = merge(folder.path(), linear).unwrap_err();
+    assert!(told(&error).contains("missing"), "{}", told(&error));
+}

@@ -129,7 +129,8 @@ pub fn verify(
     let extra = source.tensors.keys().filter(|n| !known.contains_key(n.as_str()));
     let other = source.other.iter().map(|o| &o.name);
     let other = other.filter(|n| !known.contains_key(n.as_str()));
-    let extra: Vec<String> = extra.chain(other).cloned().collect();
+    let mut extra: Vec<String> = extra.chain(other).cloned().collect();
+    extra.sort();
     let tensors: Vec<(&String, &WeightRef)> = source.tensors.iter().collect();
     let checked: Vec<Option<Finding>> = tensors
         .par_iter()

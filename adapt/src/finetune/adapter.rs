@@ -96,7 +96,7 @@ impl Adapter<'_> {
             })
             .collect();
         let name = ShardName::Fixed("adapter_model.safetensors".into());
-        write_shards(dir, &[ShardPlan { name, tensors }], watch)?;
+        write_shards(dir, &[ShardPlan::new(name, tensors)], watch)?;
         write_json(dir, "adapter_config.json", &config)?;
         Ok(())
     }

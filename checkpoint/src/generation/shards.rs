@@ -215,7 +215,7 @@ fn plans(
         let many = parts.len() > 1;
         for (i, tensors) in parts.into_iter().enumerate() {
             let stem = if many { format!("{stem}-{:05}", i + 1) } else { stem.clone() };
-            plans.push(ShardPlan { name: ShardName::ByContent(stem), tensors });
+            plans.push(ShardPlan::new(ShardName::ByContent(stem), tensors));
         }
     }
     Ok(plans)

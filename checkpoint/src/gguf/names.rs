@@ -92,6 +92,7 @@ fn other(tensor: &TensorInfo, file: &MappedFile) -> OtherTensor {
         dtype: format!("{:?}", tensor.kind),
         shape: tensor.shape.clone(),
         file: file.path().to_owned(),
+        data: None,
     }
 }
 

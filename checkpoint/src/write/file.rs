@@ -17,6 +17,7 @@ use super::{CHUNK, OutTensor, ShardName, ShardPlan, Watch, WrittenShard, lock};
 use crate::error::CheckpointError;
 use crate::manifest::FileRecord;
 use crate::resume::{Log, Point};
+use crate::shard::OtherTensor;
 
 /// Bytes of a tensor above which only one is computed at a time: all threads have work in it.
 const LARGE: u64 = 64 << 20;
@@ -45,16 +46,19 @@ impl<'a> Run<'a, '_> {
     ) -> Result<WrittenShard, CheckpointError> {
         let mut tensors: Vec<&OutTensor> = shard.tensors.iter().collect();
         tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then(a.name.cmp(&b.name)));
-        let header = header(&tensors);
+        let [before, behind] = around(&shard.buffers);
+        let header = header(&before, &tensors, &behind);
         let mut writer = match ShardWriter::take_up(self, number, &header)? {
             Some(writer) => writer,
             None => ShardWriter::create(self, number)?,
         };
         if writer.size == 0 {
             writer.put(&header)?;
+            before.iter().try_for_each(|b| writer.copy(b.0))?;
         }
         // What an earlier run had written ends where a tensor does.
-        let (mut end, there) = (header.len() as u64, writer.size);
+        let first = header.len() as u64 + before.iter().map(|b| b.0.len() as u64).sum::<u64>();
+        let (mut end, there) = (first, writer.size);
         let missing = tensors.iter().filter(|t| {
             end += t.size();
             end > there
@@ -64,6 +68,9 @@ impl<'a> Run<'a, '_> {
         let (used, buffers) = channel();
         let writing = self.scope.spawn(move || {
             taken.into_iter().try_for_each(|step| writer.step(step, &used))?;
+            if writer.size == end {
+                behind.iter().try_for_each(|b| writer.copy(b.0))?;
+            }
             Ok(writer)
         });
         let computed = self.compute(pieces(&missing), steps, buffers);
@@ -224,6 +231,11 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
         Ok(())
     }
 
+    /// Bytes that are no weights.
+    fn copy(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        bytes.chunks(CHUNK).try_for_each(|chunk| self.put(chunk))
+    }
+
     /// Bytes that are in a file as they have to be.
     fn stored(&mut self, tensor: &OutTensor, bytes: &[u8]) -> Result<(), CheckpointError> {
         for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
@@ -283,36 +295,54 @@ impl<'a, 'env> ShardWriter<'a, 'env> {
         if let Some(log) = self.run.log {
             log.note(&point);
         }
+        let buffers: Vec<_> = around(&shard.buffers).into_iter().flatten().collect();
         let mut names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+        names.extend(buffers.iter().map(|(_, b)| b.name.clone()));
         names.sort();
+        let copied: u64 = buffers.iter().map(|(bytes, _)| bytes.len() as u64).sum();
         Ok(WrittenShard {
             file: FileRecord { name: point.file, size: point.bytes, blake3: point.blake3 },
             tensors: names,
-            tensor_bytes: tensors.iter().map(|t| t.size()).sum(),
+            tensor_bytes: tensors.iter().map(|t| t.size()).sum::<u64>() + copied,
         })
     }
+}
+
+/// A tensor that is no weight, and its bytes.
+type Buffer<'a> = (&'a [u8], &'a OtherTensor);
+
+/// Buffers that stand before the weights, and those behind: so each number begins at a multiple of its size.
+fn around(buffers: &[OtherTensor]) -> [Vec<Buffer<'_>>; 2] {
+    let width = |(bytes, b): &Buffer<'_>| bytes.len() / b.shape.iter().product::<usize>().max(1);
+    let mut all: Vec<Buffer<'_>> =
+        buffers.iter().filter_map(|b| b.bytes().map(|bytes| (bytes, b))).collect();
+    all.sort_by(|a, b| width(b).cmp(&width(a)).then(a.1.name.cmp(&b.1.name)));
+    let behind = all.split_off(all.partition_point(|b| width(b) >= 4));
+    [all, behind]
 }
 
 /// What the first tensor begins at a multiple of: a cache line. Rows that lie across two are read more slowly.
 const ALIGNMENT: usize = 64;
 
 /// Length, names, shapes and offsets, padded so that the first tensor begins at a multiple of [`ALIGNMENT`].
-fn header(tensors: &[&OutTensor]) -> Vec<u8> {
+fn header(before: &[Buffer<'_>], tensors: &[&OutTensor], behind: &[Buffer<'_>]) -> Vec<u8> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({ "format": "pt" }));
+    let buffer = |(bytes, b): &Buffer<'_>| {
+        (b.name.clone(), json!(b.dtype), json!(b.shape), bytes.len() as u64)
+    };
+    let weight = |t: &&OutTensor| {
+        (t.name.clone(), json!(stored(t.dtype)), json!(t.weight.shape()), t.size())
+    };
+    let weights = tensors.iter().map(weight);
     let mut offset = 0;
-    for tensor in tensors {
-        let end = offset + tensor.size();
-        let dtype = match tensor.dtype {
-            Dtype::F32 => "F32",
-            Dtype::BF16 => "BF16",
-            Dtype::F16 => "F16",
-        };
-        map.insert(
-            tensor.name.clone(),
-            json!({ "dtype": dtype, "shape": tensor.weight.shape(), "data_offsets": [offset, end] }),
-        );
-        offset = end;
+    for (name, dtype, shape, size) in
+        before.iter().map(buffer).chain(weights).chain(behind.iter().map(buffer))
+    {
+        let entry =
+            json!({ "dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size] });
+        map.insert(name, entry);
+        offset += size;
     }
     let mut json = Value::Object(map).to_string().into_bytes();
     let length = size_of::<u64>();
@@ -320,4 +350,13 @@ fn header(tensors: &[&OutTensor]) -> Vec<u8> {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.append(&mut json);
     header
+}
+
+/// A dtype as the file spells it.
+fn stored(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "F32",
+        Dtype::BF16 => "BF16",
+        Dtype::F16 => "F16",
+    }
 }

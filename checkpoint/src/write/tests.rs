@@ -22,7 +22,7 @@ fn write_all(dir: &Path, shards: &[ShardPlan]) -> Result<Vec<WrittenShard>, Chec
 }
 
 fn by_content(stem: &str, tensors: Vec<OutTensor>) -> ShardPlan {
-    ShardPlan { name: ShardName::ByContent(stem.into()), tensors }
+    ShardPlan::new(ShardName::ByContent(stem.into()), tensors)
 }
 
 #[test]
@@ -190,7 +190,7 @@ proptest! {
                 (0..r * c).map(|k| ((k as u32 ^ seed) as f32 * 1e-3).cos() * 3.0).collect();
             tensor(&format!("t{i}"), &values, &[r, c], dtypes[stored], dtypes[out])
         }).collect();
-        let shard = ShardPlan { name: ShardName::Fixed("m.safetensors".into()), tensors: tensors.clone() };
+        let shard = ShardPlan::new(ShardName::Fixed("m.safetensors".into()), tensors.clone());
         write_all(dir.path(), &[shard]).unwrap();
         let read = shard::open(&dir.path().join("m.safetensors")).unwrap().weights;
         prop_assert_eq!(read.len(), tensors.len());

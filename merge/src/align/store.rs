@@ -110,7 +110,7 @@ impl Store {
         tensors: Vec<OutTensor>,
         interrupt: &Interrupt,
     ) -> Result<BTreeMap<String, WeightRef>, CheckpointError> {
-        let shard = ShardPlan { name: ShardName::Fixed(file.to_owned()), tensors };
+        let shard = ShardPlan::new(ShardName::Fixed(file.to_owned()), tensors);
         let watch = Watch { interrupt, progress: &|_| {} };
         write_shards(self.path(), &[shard], watch)?;
         weights(&self.path().join(file))

@@ -46,7 +46,7 @@ impl Models<'_> {
             }
             _ => self.trail.open(spec, self.base_dir)?,
         };
-        let source = source.only_weights().map_err(|e| MergeError::from(e).at(&spec.place))?;
+        source.computable().map_err(|e| MergeError::from(e).at(&spec.place))?;
         let texts = |first: &Source, other: &Source| all_texts(self.recipe, first, other);
         let source = self.experts.take(source, &texts).map_err(|e| e.at(&spec.place))?;
         self.opened.push(Opened { identity, source, place: spec.place.clone() });

@@ -116,6 +116,13 @@ impl Family {
         family
     }
 
+    /// Whether it is known which tensors a model of the family has to have.
+    pub fn known(&self) -> bool {
+        let runs =
+            moe_merge_model::FAMILIES.iter().any(|f| f.model_types.contains(&&*self.model_type));
+        runs || FAMILIES.iter().any(|(name, _)| *name == self.model_type)
+    }
+
     /// Files of tensors, which have no layers, whatever their names look like.
     pub fn of_files() -> Self {
         let module = Module { keys: None, ..Module::alone() };

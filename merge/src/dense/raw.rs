@@ -8,8 +8,8 @@ use moe_merge_checkpoint::{CheckpointError, Replace, Source};
 
 use super::models::Models;
 use super::modules::Family;
-use super::slices::{Planned, PlannedInput, check_count, plan};
-use super::tensors::Merge;
+use super::slices::plan;
+use super::tensors::{Merge, names};
 use super::wrong;
 use crate::error::MergeError;
 use crate::experts::MoeInputs;
@@ -52,45 +52,32 @@ pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<So
         Models { trail: &trail, base_dir, recipe, opened: Vec::new(), experts, files: true };
     let family = Family::of_files();
     let modules = plan(recipe, &family, &mut models)?;
-    let mut merge = Merge {
-        recipe,
-        models: &models,
-        family: &family,
-        vocabulary: None,
-        tensors: Default::default(),
-        fitted: Default::default(),
-    };
+    let mut merge = Merge::new(recipe, &models, &family, None);
     let mut dropped = Vec::new();
     for slice in modules.iter().flat_map(|m| &m.slices) {
         let names: BTreeSet<String> =
-            slice.inputs.iter().flat_map(|i| merge.source(i).tensors.keys().cloned()).collect();
+            slice.inputs.iter().flat_map(|i| names(merge.source(i))).cloned().collect();
         for name in names {
-            let has = |i: &PlannedInput| merge.source(i).tensors.contains_key(&name);
-            let part = match (slice.inputs.iter().find(|i| !has(i)), missing) {
-                (None, _) => None,
+            let without = slice.inputs.iter().find(|i| {
+                let source = merge.source(i);
+                !source.tensors.contains_key(&name) && source.other(&name).is_none()
+            });
+            match (without, missing) {
                 (Some(_), Missing::Drop) => {
                     dropped.push(name);
                     continue;
                 }
                 (Some(without), Missing::Refuse) => {
-                    merge.source(without).weight(&name)?;
-                    None
+                    return Err(merge.source(without).missing(&name).into());
                 }
-                (Some(_), Missing::Union) => Some(subset(recipe, &merge, slice, &name)?),
-            };
-            let slice = part.as_ref().unwrap_or(slice);
-            if let ([only], Some(0)) = (&slice.inputs[..], slice.base) {
-                // No model changes what only the base has.
-                let weight = merge.source(only).weight(&name)?.clone();
-                merge.tensors.insert(name, weight);
-                continue;
+                (None, _) | (Some(_), Missing::Union) => {}
             }
             let inputs = vec![name.clone(); slice.inputs.len()];
             merge.tensor(slice, 0.0, &inputs, name)?;
         }
     }
-    let tensors = merge.tensors;
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = merge.partial_note().into_iter().collect();
+    let Merge { tensors, buffers, .. } = merge;
     if !dropped.is_empty() {
         let names: Vec<String> = dropped.iter().take(4).map(|n| format!("`{n}`")).collect();
         let more = if dropped.len() > 4 { ", …" } else { "" };
@@ -100,44 +87,16 @@ pub fn raw(recipe: &DenseRecipe, base_dir: &Path, missing: Missing) -> Result<So
             names.join(", ")
         ));
     }
-    notes.extend(models.opened.iter().flat_map(|m| m.source.notes.clone()));
     Ok(Source {
         label: recipe.name.clone().unwrap_or_else(|| recipe.method.name.to_owned()),
         path: recipe.place.file.clone(),
         config: Default::default(),
         tensors,
-        other: Vec::new(),
+        other: buffers,
         files: models.opened.iter().flat_map(|m| m.source.files.clone()).collect(),
         side: Vec::new(),
         notes,
     })
-}
-
-/// The slice with those inputs that have `name`.
-fn subset<'a>(
-    recipe: &DenseRecipe,
-    merge: &Merge,
-    slice: &Planned<'a>,
-    name: &str,
-) -> Result<Planned<'a>, MergeError> {
-    let (module, layers, levels) = (slice.module, slice.layers, slice.levels);
-    let mut part = Planned { module, inputs: Vec::new(), base: None, layers, levels };
-    for (i, input) in slice.inputs.iter().enumerate() {
-        if merge.source(input).tensors.contains_key(name) {
-            if slice.base == Some(i) {
-                part.base = Some(part.inputs.len());
-            }
-            part.inputs.push(input.clone());
-        } else if slice.base == Some(i) {
-            // What the others have cannot be compared with anything.
-            merge.source(input).weight(name)?;
-        }
-    }
-    let beside = part.inputs.len() - usize::from(part.base.is_some());
-    if beside > 0 {
-        check_count(recipe.method, beside, part.base.is_some(), &recipe.place)?;
-    }
-    Ok(part)
 }
 
 /// Writes the tensors of `source` as one file, complete or not at all; returns its bytes.
@@ -181,7 +140,8 @@ pub fn write_tensors(
         dtype: weight.dtype(),
     });
     let name = ShardName::Fixed("tensors".into());
-    let plan = [ShardPlan { name, tensors: tensors.collect() }];
+    let buffers = source.other.clone();
+    let plan = [ShardPlan { buffers, ..ShardPlan::new(name, tensors.collect()) }];
     let written = write_shards(beside.path(), &plan, watch)?;
     let file = beside.path().join("tensors");
     fs_err::rename(&file, &place)

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use moe_merge_checkpoint::{Dtype, Source, WeightRef};
+use moe_merge_checkpoint::{Dtype, OtherTensor, Source, WeightRef};
 
 use super::models::Models;
 use super::modules::Family;
 use super::names::tied;
-use super::slices::{Planned, PlannedInput};
+use super::slices::{Planned, PlannedInput, check_count};
 use crate::error::MergeError;
 use crate::experts::filter_names;
 use crate::methods::{self, Group, Scope};
@@ -24,9 +24,42 @@ pub(super) struct Merge<'a, 'm> {
     pub tensors: BTreeMap<String, WeightRef>,
     /// For methods that look at activations, of each tensor: the weights of the models beside the base, and `alpha`.
     pub fitted: BTreeMap<String, (Vec<f64>, f64)>,
+    /// Tensors that are no weights, one of equal ones each.
+    pub buffers: Vec<OtherTensor>,
+    /// Tensors that not all models have.
+    partial: Vec<String>,
 }
 
-impl Merge<'_, '_> {
+/// Names of weights and of what is copied beside them.
+pub(super) fn names(source: &Source) -> impl Iterator<Item = &String> {
+    let buffers = source.other.iter().filter(|o| o.bytes().is_some());
+    source.tensors.keys().chain(buffers.map(|o| &o.name))
+}
+
+impl<'a, 'm> Merge<'a, 'm> {
+    /// With no tensor yet.
+    pub fn new(
+        recipe: &'a DenseRecipe,
+        models: &'a Models<'m>,
+        family: &'a Family,
+        vocabulary: Option<&'a Vocabulary>,
+    ) -> Self {
+        let (tensors, fitted) = (BTreeMap::new(), BTreeMap::new());
+        let (buffers, partial) = (Vec::new(), Vec::new());
+        Self { recipe, models, family, vocabulary, tensors, fitted, buffers, partial }
+    }
+
+    /// What is told of tensors that not all models have.
+    pub fn partial_note(&self) -> Option<String> {
+        let (first, rest) = self.partial.split_first()?;
+        let more = match rest.len() {
+            0 => String::new(),
+            1 => " and one tensor more".into(),
+            n => format!(" and {n} tensors more"),
+        };
+        Some(format!("not all models have `{first}`{more}: merged among those that do"))
+    }
+
     /// The model of an input.
     pub fn source(&self, input: &PlannedInput) -> &Source {
         &self.models.opened[input.model].source
@@ -34,12 +67,12 @@ impl Merge<'_, '_> {
 
     /// Tensors of the module outside its layers for which `wanted` holds.
     pub fn loose(&mut self, slice: &Planned, wanted: fn(&str) -> bool) -> Result<(), MergeError> {
-        let of = |i: &PlannedInput| self.source(i).tensors.keys().cloned().collect::<Vec<_>>();
-        let names: BTreeSet<_> = slice.inputs.iter().flat_map(of).collect();
+        let of = |i: &PlannedInput| names(self.source(i)).cloned().collect::<Vec<_>>();
+        let all: BTreeSet<_> = slice.inputs.iter().flat_map(of).collect();
         let family = self.family;
         let loose =
             |n: &str| family.holds(slice.module, n) && family.split(slice.module, n).is_none();
-        for name in names.into_iter().filter(|n| loose(n) && wanted(n)) {
+        for name in all.into_iter().filter(|n| loose(n) && wanted(n)) {
             let inputs = vec![name.clone(); slice.inputs.len()];
             self.tensor(slice, 0.0, &inputs, name)?;
         }
@@ -53,20 +86,20 @@ impl Merge<'_, '_> {
         layer: usize,
         output: usize,
     ) -> Result<(), MergeError> {
-        let mut names = BTreeSet::new(); // text before and after the layer number, and whether the first layer has it for all
+        let mut parts = BTreeSet::new(); // text before and after the layer number, and whether the first layer has it for all
         for input in &slice.inputs {
             let (number, source) = (input.range.start + layer, self.source(input));
-            for name in source.tensors.keys() {
+            for name in names(source) {
                 let Some((l, head, tail)) = self.family.split(slice.module, name) else { continue };
                 let common = of_first_layer(source, head, tail);
                 let wanted = if common { output == 0 } else { l == number };
                 if wanted {
-                    names.insert((head.to_owned(), tail.to_owned(), common));
+                    parts.insert((head.to_owned(), tail.to_owned(), common));
                 }
             }
         }
         let t = if slice.layers > 1 { layer as f64 / (slice.layers - 1) as f64 } else { 1.0 };
-        for (head, tail, common) in names {
+        for (head, tail, common) in parts {
             let number = |i: &PlannedInput| if common { 0 } else { i.range.start + layer };
             let inputs: Vec<_> =
                 slice.inputs.iter().map(|i| format!("{head}{}{tail}", number(i))).collect();
@@ -114,6 +147,32 @@ impl Merge<'_, '_> {
         output: String,
     ) -> Result<(), MergeError> {
         let method = self.recipe.method;
+        if self.buffer(slice, names, &output)? {
+            return Ok(());
+        }
+        let (part, part_names);
+        let (slice, names) = match self.present(slice, names)? {
+            None => (slice, names),
+            Some(found) => {
+                (part, part_names) = found;
+                self.partial.push(output.clone());
+                if let [only] = &part.inputs[..]
+                    && check_count(
+                        method,
+                        usize::from(part.base.is_none()),
+                        part.base.is_some(),
+                        only.place,
+                    )
+                    .is_err()
+                {
+                    // Nothing is there to merge it with.
+                    let weight = self.input(only, &part_names[0])?;
+                    self.tensors.insert(output, weight);
+                    return Ok(());
+                }
+                (&part, &part_names[..])
+            }
+        };
         let mut inputs: Vec<WeightRef> = Vec::new();
         for (input, name) in slice.inputs.iter().zip(names) {
             let weight = self.input(input, name)?;
@@ -149,6 +208,75 @@ impl Merge<'_, '_> {
         })?;
         self.tensors.insert(output, weight);
         Ok(())
+    }
+
+    /// Copies a tensor that is no weight, and says whether it is one. Models without it say nothing about it.
+    fn buffer(
+        &mut self,
+        slice: &Planned,
+        names: &[String],
+        output: &str,
+    ) -> Result<bool, MergeError> {
+        let mut first: Option<(&PlannedInput, &OtherTensor)> = None;
+        for (input, name) in slice.inputs.iter().zip(names) {
+            let Some(other) = self.source(input).other(name) else { continue };
+            let Some((at, same)) = first else {
+                first = Some((input, other));
+                continue;
+            };
+            let alike = |a: &OtherTensor, b: &OtherTensor| {
+                (&a.dtype, &a.shape) == (&b.dtype, &b.shape) && a.bytes() == b.bytes()
+            };
+            if !alike(same, other) {
+                return Err(MergeError::Incompatible {
+                    what: format!(
+                        "`{output}` holds no floating-point numbers, and is not the same in all models"
+                    ),
+                    first: self.source(at).label.clone(),
+                    second: self.source(input).label.clone(),
+                    expected: format!("{} {:?}", same.dtype, same.shape),
+                    found: match same.shape == other.shape && same.dtype == other.dtype {
+                        true => "other numbers".into(),
+                        false => format!("{} {:?}", other.dtype, other.shape),
+                    },
+                    hint: "such tensors are copied, not merged: make them equal first".into(),
+                    recipe: Some(input.place.to_string()),
+                });
+            }
+        }
+        let Some((_, buffer)) = first else { return Ok(false) };
+        let mut buffer = buffer.clone();
+        output.clone_into(&mut buffer.name);
+        self.buffers.push(buffer);
+        Ok(true)
+    }
+
+    /// The inputs that have a tensor, where not all do, in families of which it is not known what they have to have. A base is
+    /// never left out.
+    fn present<'s>(
+        &self,
+        slice: &Planned<'s>,
+        names: &[String],
+    ) -> Result<Option<(Planned<'s>, Vec<String>)>, MergeError> {
+        let (module, layers, levels) = (slice.module, slice.layers, slice.levels);
+        let mut part = Planned { module, inputs: Vec::new(), base: None, layers, levels };
+        let mut own = Vec::new();
+        for (i, (input, name)) in slice.inputs.iter().zip(names).enumerate() {
+            let source = self.source(input);
+            // Files of tensors have no embedding that could stand for a head.
+            let alone = self.models.files;
+            if source.tensors.contains_key(name) || !alone && tensor_or_tied(source, name).is_some()
+            {
+                if slice.base == Some(i) {
+                    part.base = Some(part.inputs.len());
+                }
+                part.inputs.push(input.clone());
+                own.push(name.clone());
+            } else if slice.base == Some(i) || self.family.known() {
+                return Err(source.missing(name).into());
+            }
+        }
+        Ok((own.len() < names.len()).then_some((part, own)))
     }
 
     fn shapes(

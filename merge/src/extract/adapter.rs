@@ -166,7 +166,7 @@ impl<'a> Adapter<'a> {
         let bytes: u64 = tensors.iter().map(OutTensor::size).sum();
         staging.need(bytes)?;
         let name = ShardName::Fixed("adapter_model.safetensors".into());
-        write_shards(staging.path(), &[ShardPlan { name, tensors }], watch)?;
+        write_shards(staging.path(), &[ShardPlan::new(name, tensors)], watch)?;
         write_json(staging.path(), "adapter_config.json", &config)?;
         Ok((bytes, rank))
     }

@@ -139,10 +139,9 @@ impl Extraction {
             (t, _) if !(t.is_finite() && t >= 0.0) => ("--threshold", "a number from 0", t),
             (_, Some(s)) if !share(&s) => ("--energy", "a share from 0 to 1", s),
             _ => {
-                let mut pairs = pairs::pairs(base, tuned, &options)?;
-                for source in [base, tuned] {
-                    pairs.notes.extend(source.clone().only_weights()?.notes);
-                }
+                base.computable()?;
+                tuned.computable()?;
+                let pairs = pairs::pairs(base, tuned, &options)?;
                 let files = base.files.iter().chain(&tuned.files).cloned().collect();
                 return Ok(Self { pairs, files, options });
             }

@@ -86,7 +86,7 @@ impl Shrinking {
         watch: Watch<'_>,
     ) -> Result<Self, MergeError> {
         let started = Instant::now();
-        let original = &original.clone().only_weights()?;
+        original.computable()?;
         let all = expert_layers(original)?;
         let first = all.first().ok_or_else(|| dense(original))?;
         let (experts, top_k) = (first.experts, first.top_k.min(wanted));

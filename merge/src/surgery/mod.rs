@@ -153,7 +153,8 @@ impl Surgery {
                 hint: None,
             });
         }
-        let (model, donor) = (model.clone().only_weights()?, donor.clone());
+        model.computable()?;
+        let (model, donor) = (model.clone(), donor.clone());
         Ok(Self { model, donor, own_tokenizer, rows, options, started: Instant::now() })
     }
 

@@ -58,7 +58,7 @@ fn watch(interrupt: &Interrupt) -> Watch<'_> {
 
 fn write(dir: &Path, shards: Vec<(ShardName, Vec<OutTensor>)>, index: bool) -> Vec<FileRecord> {
     let plans: Vec<_> =
-        shards.into_iter().map(|(name, tensors)| ShardPlan { name, tensors }).collect();
+        shards.into_iter().map(|(name, tensors)| ShardPlan::new(name, tensors)).collect();
     let written = write_shards(dir, &plans, watch(&Interrupt::default())).unwrap();
     let mut files: Vec<_> = written.iter().map(|w| w.file.clone()).collect();
     if index {
