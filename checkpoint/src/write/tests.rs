@@ -1,11 +1,12 @@
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, LazyLock};
 
 use proptest::prelude::*;
 
 use moe_merge_kernels::cast;
 
 use super::*;
+use crate::map::MappedFile;
 use crate::publish::{Replace, Staging, Unfinished};
 use crate::resume::Identity;
 use crate::shard;
@@ -204,7 +205,49 @@ proptest! {
     }
 }
 
-/// Two shards of tensors that are copied, rounded alone, and computed together.
+/// Tensors that are no weights, of eight bytes and of one byte each number: 1, 2, 3, …
+fn buffers() -> Vec<OtherTensor> {
+    static FILE: LazyLock<MappedFile> = LazyLock::new(|| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), (1..=200).collect::<Vec<u8>>()).unwrap();
+        MappedFile::open(file.path()).unwrap()
+    });
+    let buffer = |name: &str, dtype: &str, count: usize, range| OtherTensor {
+        name: name.into(),
+        dtype: dtype.into(),
+        shape: vec![count],
+        file: FILE.path().to_owned(),
+        data: Some((FILE.clone(), range)),
+    };
+    vec![buffer("u", "BOOL", 33, 50..83), buffer("z", "I64", 5, 0..40)]
+}
+
+#[test]
+fn buffers_stand_where_their_numbers_are_aligned() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = ShardPlan { buffers: buffers(), ..several().remove(0) };
+    let written = write_all(dir.path(), &[plan]).unwrap().remove(0);
+    assert!(written.tensors.is_sorted() && written.tensors.len() == 12, "{:?}", written.tensors);
+    let content = fs::read(dir.path().join(&written.file.name)).unwrap();
+    let header = crate::header::parse(&content, dir.path()).unwrap();
+    let order: Vec<&str> = header.tensors.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!((order[0], order[11]), ("z", "u"));
+    assert!(header.tensors[0].range.start.is_multiple_of(64));
+    assert_eq!(
+        written.tensor_bytes,
+        (header.tensors[11].range.end - header.tensors[0].range.start) as u64
+    );
+    let found = shard::open(&dir.path().join(&written.file.name)).unwrap().other;
+    for (found, given) in found.iter().zip(buffers().iter().rev()) {
+        assert_eq!(
+            (&found.name, &found.dtype, found.bytes()),
+            (&given.name, &given.dtype, given.bytes())
+        );
+    }
+    assert_eq!(found.len(), 2);
+}
+
+/// Two shards of tensors that are copied, rounded alone, and computed together, with buffers.
 fn several() -> Vec<ShardPlan> {
     shifted(0)
 }
@@ -223,7 +266,7 @@ fn shifted(shift: usize) -> Vec<ShardPlan> {
             let values = numbers(seed + 7 * i, 900);
             tensor(&format!("r{i}"), &values, &[900], Dtype::F32, Dtype::BF16)
         });
-        by_content(stem, copied.chain(rounded).collect())
+        ShardPlan { buffers: buffers(), ..by_content(stem, copied.chain(rounded).collect()) }
     };
     vec![shard("one", 1 + shift), shard("two", 2 + shift)]
 }
