@@ -383,8 +383,13 @@ fn unknown_families_merge_a_tensor_among_the_models_that_have_it() {
     let note = merged.notes.join("; ");
     assert!(note.contains("not all models have `x` and 2 tensors more"), "{note}");
     // What two of two are needed for is copied from the one that has it; a base is needed in any case.
-    let slerp = "merge_method: slerp\nbase_model: a\nparameters: {t: 0.25}\nmodels: [{model: a}, {model: c}]\n";
-    let error = merge(folder.path(), slerp).unwrap_err();
+    let two = |method: &str| {
+        let own = "parameters: {t: 0.25}\nmodels: [{model: a}, {model: c}]\n";
+        merge(folder.path(), &format!("merge_method: {method}\nbase_model: a\n{own}"))
+    };
+    let slerp = two("slerp").unwrap();
+    assert_eq!((values(&slerp, "x"), values(&slerp, "y")), (vec![1.0; 2], vec![8.0; 2]));
+    let error = two("nearswap").unwrap_err();
     assert!(told(&error).contains("y") && told(&error).contains("missing"), "{}", told(&error));
     let nuslerp =
         "merge_method: nuslerp\nparameters: {weight: 1}\nmodels: [{model: b}, {model: c}]\n";

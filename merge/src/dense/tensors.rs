@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use moe_merge_checkpoint::weight::Retyped;
 use moe_merge_checkpoint::{Dtype, OtherTensor, Source, WeightRef};
 
 use super::models::Models;
@@ -156,18 +157,16 @@ impl<'a, 'm> Merge<'a, 'm> {
             Some(found) => {
                 (part, part_names) = found;
                 self.partial.push(output.clone());
-                if let [only] = &part.inputs[..]
-                    && check_count(
-                        method,
-                        usize::from(part.base.is_none()),
-                        part.base.is_some(),
-                        only.place,
-                    )
-                    .is_err()
-                {
-                    // Nothing is there to merge it with.
+                let base = part.base.is_some();
+                let beside = part.inputs.len() - usize::from(base);
+                let enough = base == slice.base.is_some()
+                    && check_count(method, beside, base, &self.recipe.place).is_ok();
+                if let ([only], false) = (&part.inputs[..], enough) {
+                    // There is nothing to merge it with.
                     let weight = self.input(only, &part_names[0])?;
-                    self.tensors.insert(output, weight);
+                    let stored = self.recipe.out_dtype.or(self.recipe.dtype);
+                    let dtype = stored.unwrap_or_else(|| weight.dtype());
+                    self.tensors.insert(output, Retyped::of(weight, dtype));
                     return Ok(());
                 }
                 (&part, &part_names[..])
@@ -252,7 +251,7 @@ impl<'a, 'm> Merge<'a, 'm> {
     }
 
     /// The inputs that have a tensor, where not all do, in families of which it is not known what they have to have. A base is
-    /// never left out.
+    /// left out only where what the other model has is the result.
     fn present<'s>(
         &self,
         slice: &Planned<'s>,
@@ -272,7 +271,9 @@ impl<'a, 'm> Merge<'a, 'm> {
                 }
                 part.inputs.push(input.clone());
                 own.push(name.clone());
-            } else if slice.base == Some(i) || self.family.known() {
+            } else if slice.base == Some(i) && !COPIES_ALONE.contains(&self.recipe.method.name)
+                || self.family.known()
+            {
                 return Err(source.missing(name).into());
             }
         }
@@ -353,6 +354,9 @@ impl<'a, 'm> Merge<'a, 'm> {
         RecipeErrors(vec![error])
     }
 }
+
+/// Methods between two models, either of which is the result where the other has no such tensor.
+const COPIES_ALONE: &[&str] = &["slerp", "arcee_fusion"];
 
 /// Ends of names of tensors that the first layer of a stack holds for all of them, as in t5.
 const OF_FIRST_LAYER: &[&str] = &[".layer.0.SelfAttention.relative_attention_bias.weight"];
