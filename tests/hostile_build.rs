@@ -173,6 +173,9 @@ fn tensors_that_are_no_weights_are_copied() {
     let path = build.path("prose").display().to_string();
     let verified = cli::run(&["verify", "--json", &path]).json();
     assert_eq!(verified["extra_tensors"], json!(["model.mask", "model.steps"]));
+    let file = build.path("prose.gguf").display().to_string();
+    let notes = cli::run(&["export", "--json", &path, "--gguf", &file]).json()["notes"].to_string();
+    assert!(notes.contains("`model.steps`") && notes.contains("`model.mask`"), "{notes}");
 }
 
 #[test]

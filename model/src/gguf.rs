@@ -138,7 +138,8 @@ pub fn plan(
     }
     tensors.extend(extra_tensors(&spec, architecture));
     let used: HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
-    let names = source.tensors.keys().map(String::as_str);
+    let other = source.other.iter().filter(|o| o.bytes().is_some()).map(|o| &o.name);
+    let names = source.tensors.keys().chain(other).map(String::as_str);
     let unused: Vec<&str> = names.filter(|name| !used.contains(name)).collect();
     if !unused.is_empty() {
         let more = if unused.len() > 3 { ", …" } else { "" };
