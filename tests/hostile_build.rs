@@ -169,7 +169,13 @@ fn tensors_that_are_no_weights_are_copied() {
         let start = t.range("model.steps").start;
         t.data[start] = 2;
     });
-    build.refused(2, &["model.steps", "prose", "code", "other numbers", "models[1]"]);
+    let apart = ["model.steps", "prose", "code", "other numbers", "models[1]"];
+    build.refused(2, &apart);
+    build.tensors("code", |t| {
+        t.header["model.steps"]["dtype"] = json!("F32");
+        t.header["model.steps"]["shape"] = json!([4]);
+    });
+    build.refused(3, &["model.steps", "I64 [2]", "expected"]);
     let path = build.path("prose").display().to_string();
     let verified = cli::run(&["verify", "--json", &path]).json();
     assert_eq!(verified["extra_tensors"], json!(["model.mask", "model.steps"]));

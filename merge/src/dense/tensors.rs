@@ -216,17 +216,19 @@ impl<'a, 'm> Merge<'a, 'm> {
         names: &[String],
         output: &str,
     ) -> Result<bool, MergeError> {
-        let mut first: Option<(&PlannedInput, &OtherTensor)> = None;
-        for (input, name) in slice.inputs.iter().zip(names) {
-            let Some(other) = self.source(input).other(name) else { continue };
-            let Some((at, same)) = first else {
-                first = Some((input, other));
-                continue;
-            };
-            let alike = |a: &OtherTensor, b: &OtherTensor| {
-                (&a.dtype, &a.shape) == (&b.dtype, &b.shape) && a.bytes() == b.bytes()
-            };
-            if !alike(same, other) {
+        let both = || slice.inputs.iter().zip(names);
+        let of = |(input, name): (_, &String)| {
+            let other = self.source(input).other(name).filter(|o| o.bytes().is_some());
+            other.map(|other| (input, other))
+        };
+        let Some((at, same)) = both().find_map(of) else { return Ok(false) };
+        if let Some((_, name)) = both().find(|(i, n)| self.source(i).tensors.contains_key(*n)) {
+            // A weight in one model and none in another.
+            return Err(self.source(at).missing(name).into());
+        }
+        for (input, other) in both().filter_map(of) {
+            let alike = (&same.dtype, &same.shape) == (&other.dtype, &other.shape);
+            if !alike || same.bytes() != other.bytes() {
                 return Err(MergeError::Incompatible {
                     what: format!(
                         "`{output}` holds no floating-point numbers, and is not the same in all models"
@@ -234,7 +236,7 @@ impl<'a, 'm> Merge<'a, 'm> {
                     first: self.source(at).label.clone(),
                     second: self.source(input).label.clone(),
                     expected: format!("{} {:?}", same.dtype, same.shape),
-                    found: match same.shape == other.shape && same.dtype == other.dtype {
+                    found: match alike {
                         true => "other numbers".into(),
                         false => format!("{} {:?}", other.dtype, other.shape),
                     },
@@ -243,8 +245,7 @@ impl<'a, 'm> Merge<'a, 'm> {
                 });
             }
         }
-        let Some((_, buffer)) = first else { return Ok(false) };
-        let mut buffer = buffer.clone();
+        let mut buffer = same.clone();
         output.clone_into(&mut buffer.name);
         self.buffers.push(buffer);
         Ok(true)
