@@ -213,9 +213,12 @@ impl Source {
     /// Why there is no weight of that name: it, or what seems to stand in its place, has a dtype that is not computed with, or
     /// nothing is there.
     pub fn missing(&self, name: &str) -> CheckpointError {
-        let stem = |n: &str| n.rsplit_once('.').map_or(n.to_owned(), |(stem, _)| stem.to_owned());
+        let stem = name.rsplit_once('.').map(|(stem, _)| stem);
+        let beside = |o: &&OtherTensor| {
+            stem.is_some() && o.name.rsplit_once('.').map(|(stem, _)| stem) == stem
+        };
         let same = self.other(name);
-        let packed = || self.other.iter().find(|o| o.is_weight() && stem(&o.name) == stem(name));
+        let packed = || self.other.iter().filter(|o| o.is_weight()).find(beside);
         if let Some(other) = same.or_else(packed) {
             return other.unsupported();
         }

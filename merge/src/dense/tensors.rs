@@ -264,9 +264,11 @@ impl<'a, 'm> Merge<'a, 'm> {
         for (i, (input, name)) in slice.inputs.iter().zip(names).enumerate() {
             let source = self.source(input);
             // Files of tensors have no embedding that could stand for a head.
-            let alone = self.models.files;
-            if source.tensors.contains_key(name) || !alone && tensor_or_tied(source, name).is_some()
-            {
+            let there = match self.models.files {
+                true => source.tensors.get(name),
+                false => tensor_or_tied(source, name),
+            };
+            if there.is_some() {
                 if slice.base == Some(i) {
                     part.base = Some(part.inputs.len());
                 }
